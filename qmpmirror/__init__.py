@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""virsh blockcopy for the QEMU processes that libvirt does not manage.
+
+async with qmpmirror.connect("/run/vm/qmp.sock") as vm:
+    copy = await vm.blockcopy("vda", "/backup/copy.qcow2", shallow=True)
+    await copy.ready()
+    result = await copy.pivot()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qmpmirror.disks import Disk
+    from qmpmirror.errors import (
+        AmbiguousDisk,
+        AmbiguousDomain,
+        CommandFailed,
+        CommandTimeout,
+        ConnectError,
+        ConnectionLost,
+        DeadlineExceeded,
+        DestinationError,
+        DestinationExists,
+        DiskBusy,
+        DiskError,
+        DiskNotFound,
+        EmptyDrive,
+        EndingAlreadyAsked,
+        Error,
+        JobError,
+        JobFailed,
+        JobNotFound,
+        MonitorBusy,
+        NoSuchMonitor,
+        NotListening,
+        NotQMP,
+        NotReady,
+        Refused,
+        Stalled,
+        Unsupported,
+        UsageError,
+    )
+    from qmpmirror.graph import Graph, Node
+    from qmpmirror.job import JobInfo
+    from qmpmirror.life import Phase
+    from qmpmirror.machine import Machine, connect
+    from qmpmirror.operations.blockcopy import Plan
+    from qmpmirror.operations.conclusion import Result
+    from qmpmirror.operations.copy import Copy, Progress
+    from qmpmirror.operations.options import Options
+
+__version__ = "0.1.0.dev0"
+
+# Loaded when first used: a command line that only prints its help needs none of it.
+_HOMES = {
+    "Copy": "operations.copy",
+    "Disk": "disks",
+    "Graph": "graph",
+    "JobInfo": "job",
+    "Machine": "machine",
+    "Node": "graph",
+    "Options": "operations.options",
+    "Phase": "life",
+    "Plan": "operations.blockcopy",
+    "Progress": "operations.copy",
+    "Result": "operations.conclusion",
+    "connect": "machine",
+}
+
+__all__ = [
+    "AmbiguousDisk",
+    "AmbiguousDomain",
+    "CommandFailed",
+    "CommandTimeout",
+    "ConnectError",
+    "ConnectionLost",
+    "Copy",
+    "DeadlineExceeded",
+    "DestinationError",
+    "DestinationExists",
+    "Disk",
+    "DiskBusy",
+    "DiskError",
+    "DiskNotFound",
+    "EmptyDrive",
+    "EndingAlreadyAsked",
+    "Error",
+    "Graph",
+    "JobError",
+    "JobFailed",
+    "JobInfo",
+    "JobNotFound",
+    "Machine",
+    "MonitorBusy",
+    "NoSuchMonitor",
+    "Node",
+    "NotListening",
+    "NotQMP",
+    "NotReady",
+    "Options",
+    "Phase",
+    "Plan",
+    "Progress",
+    "Refused",
+    "Result",
+    "Stalled",
+    "Unsupported",
+    "UsageError",
+    "connect",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415 - as late as everything else here
+
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

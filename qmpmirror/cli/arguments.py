@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""Arguments as virsh takes them: every positional has an option of the same name."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from qmpmirror.cli.exits import Exit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_MIB: Final = 1024 * 1024
+_SUFFIXES: Final = "kmgtpe"
+_SIZE: Final = re.compile(rf"(-?\d+)\s*(?:([{_SUFFIXES}])(ib|b)?|(b))?", re.IGNORECASE)
+_MAX_INT64: Final = 2**63 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that fills virsh's named positionals in order.
+
+    Words without an option go to the named positionals that no option has set yet.
+    """
+
+    def __init__(self, command: str, summary: str, example: str) -> None:
+        super().__init__(
+            prog=f"qmpmirror {command}",
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._named: list[tuple[str, str, bool]] = []
+
+    def add_named(self, name: str, help: str, *, required: bool = True) -> None:  # noqa: A002
+        """Add a positional that can be given as ``--NAME`` too."""
+        self._named.append((name, help, required))
+
+    def add_common(self) -> None:
+        """Add what every command understands."""
+        self.add_argument("--json", action="store_true", help="one JSON object per line on stdout")
+        self.add_argument(
+            "--transcript", metavar="FILE", help="write everything that passes over QMP to FILE"
+        )
+        self.add_argument(
+            "--connect-timeout",
+            type=_seconds,
+            default=10.0,
+            metavar="SECONDS",
+            help="how long to wait for the monitor's greeting (default: 10)",
+        )
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse a command's words; exits with code 2 when they make no sense."""
+        for name, text, _ in self._named:
+            self.add_argument(f"--{name}", metavar=name.upper(), help=text)
+        names = " ".join(f"[{name}]" if not needed else name for name, _, needed in self._named)
+        self.add_argument("words", nargs="*", metavar=names, help="the same, in this order")
+        parsed = self.parse_intermixed_args(list(argv))
+        words = list(parsed.words)
+        for name, _, _ in self._named:
+            if words and getattr(parsed, name) is None:
+                setattr(parsed, name, words.pop(0))
+        if words:
+            self.error(f"unexpected argument {words[0]!r}")
+        for name, _, required in self._named:
+            if required and getattr(parsed, name) is None:
+                self.error(f"--{name} is missing")
+        del parsed.words
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line and where to find more."""
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(Exit.USAGE)
+
+
+def bandwidth(text: str, *, in_bytes: bool) -> int:
+    """A bandwidth in bytes/s.
+
+    As with virsh, a bare number is MiB/s, or bytes/s with ``--bytes``; suffixes are k, M, G, T, P
+    and E for powers of 1024, the same with ``iB``, and with ``B`` for powers of 1000.
+
+    Raises:
+        ValueError: with a sentence for the user.
+    """
+    value = size(text, default=1 if in_bytes else _MIB, what="bandwidth")
+    if not 0 <= value <= _MAX_INT64:
+        raise ValueError(f"bandwidth {text!r} is out of range: give 0 (no limit) to 8E")
+    return value
+
+
+def size(text: str, *, default: int = 1, what: str = "size") -> int:
+    """A number of bytes; ``default`` is the unit of a bare number.
+
+    Raises:
+        ValueError: with a sentence for the user.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{what} {text!r} is no number with a suffix such as k, M, G")
+    number, letter, ending, plain = match.groups()
+    if plain:
+        return int(number)
+    if letter is None:
+        return int(number) * default
+    base = 1000 if (ending or "").lower() == "b" else 1024
+    factor: int = base ** (_SUFFIXES.index(letter.lower()) + 1)
+    return int(number) * factor
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < _MAX_INT64:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
+    return seconds
+
+
+seconds: Final[Any] = _seconds
+"""For options that take seconds."""

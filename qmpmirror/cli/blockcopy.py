@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""``qmpmirror blockcopy``: virsh's command, flag by flag."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpmirror.cli import arguments as words
+from qmpmirror.cli.render import Output
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from qmpmirror.operations.options import Options
+
+
+def parser() -> words.Parser:
+    """The command's parser."""
+    made = words.Parser(
+        "blockcopy",
+        "Copy a disk under the live guest. When the copy mirrors the disk, pivot to it, finish with"
+        " a consistent point-in-time copy, or leave both to later.",
+        "qmpmirror blockcopy testvm vda /export/copy.qcow2 --shallow --wait --verbose --pivot",
+    )
+    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
+    made.add_named("path", "the disk: target (vda), device or drive id, node name, image path")
+    made.add_named("dest", "path of the copy")
+    made.add_named("bandwidth", "limit in MiB/s, or with a suffix (500K, 2G)", required=False)
+    _add_virsh_options(made)
+    _add_other_options(made)
+    made.add_common()
+    return made
+
+
+def _add_virsh_options(made: words.Parser) -> None:
+    group = made.add_argument_group("virsh's options")
+    flags = {
+        "--shallow": "copy the active layer only and share its backing chain",
+        "--raw": "the same as --format raw",
+        "--bytes": "a bare --bandwidth is in bytes/s",
+        "--synchronous-writes": "guest writes wait for both images",
+        "--transient-job": "accepted for virsh's sake; there is no domain definition here",
+        "--wait": "wait for the mirroring phase",
+        "--verbose": "show progress while waiting",
+        "--pivot": "wait, then switch the guest to the copy",
+        "--finish": "wait, then end with a consistent copy; the guest stays",
+    }
+    for flag, text in flags.items():
+        group.add_argument(flag, action="store_true", help=text)
+    group.add_argument("--format", metavar="FORMAT", help="of the copy (default: the source's)")
+    group.add_argument("--granularity", metavar="BYTES", help="of the dirty bitmap, a power of two")
+    group.add_argument("--buf-size", metavar="BYTES", help="how much is in flight at once")
+    group.add_argument(
+        "--timeout",
+        type=words.seconds,
+        metavar="SECONDS",
+        help="wait, and abort when the mirroring phase is not reached in time",
+    )
+
+
+def _add_other_options(made: words.Parser) -> None:
+    group = made.add_argument_group("beyond virsh")
+    group.add_argument(
+        "--via",
+        default="blockdev-mirror",
+        choices=("blockdev-mirror", "drive-mirror"),
+        help="the QMP command to use",
+    )
+    group.add_argument(
+        "--on-error",
+        default="report",
+        choices=("report", "stop", "ignore", "enospc"),
+        help="what an I/O error does to the job (default: report, which ends it)",
+    )
+    group.add_argument(
+        "--no-safe-start",
+        action="store_true",
+        help="do not stop the vCPUs for an instant on QEMUs that miss writes at the start",
+    )
+    group.add_argument(
+        "--print-qmp",
+        action="store_true",
+        help="show the QMP commands, checked against this QEMU, and change nothing",
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit code."""
+    made = parser()
+    arguments = made.parse(argv)
+    arguments.wait |= bool(arguments.pivot or arguments.finish or arguments.timeout)
+    if arguments.verbose and not arguments.wait:
+        made.error("--verbose requires at least one of --timeout, --wait, --pivot, or --finish")
+    options = _options(made, arguments)
+    output = Output(as_json=arguments.json, label="Block Copy")
+    from qmpmirror.cli.copying import copy_disk  # noqa: PLC0415 - brings asyncio and qemu.qmp
+    from qmpmirror.cli.run import run  # noqa: PLC0415 - brings asyncio
+
+    return run(lambda interrupts: copy_disk(arguments, options, output, interrupts), output)
+
+
+def _options(made: words.Parser, arguments: argparse.Namespace) -> Options:
+    from qmpmirror.operations.options import Options  # noqa: PLC0415 - brings attrs
+
+    if arguments.raw and arguments.format not in {None, "raw"}:
+        made.error("--raw and --format are mutually exclusive")
+    try:
+        return Options(
+            shallow=arguments.shallow,
+            format="raw" if arguments.raw else arguments.format or "",
+            bandwidth=words.bandwidth(arguments.bandwidth or "0", in_bytes=arguments.bytes),
+            granularity=words.size(arguments.granularity or "0", what="granularity"),
+            buf_size=words.size(arguments.buf_size or "0", what="buf-size"),
+            synchronous_writes=arguments.synchronous_writes,
+            via=arguments.via,
+            on_error=arguments.on_error,
+            safe_start=not arguments.no_safe_start,
+        )
+    except ValueError as error:
+        made.error(str(error))

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""``qmpmirror domblklist``: virsh's table of a running QEMU's disks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpmirror.cli.arguments import Parser
+from qmpmirror.cli.render import Output, table
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from qmpmirror.disks import Disk
+
+
+def parser() -> Parser:
+    """The command's parser."""
+    made = Parser(
+        "domblklist", "List the disks of a running QEMU.", "qmpmirror domblklist testvm --details"
+    )
+    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
+    made.add_argument("--details", action="store_true", help="add the columns Type and Device")
+    made.add_common()
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit code."""
+    arguments = parser().parse(argv)
+    from qmpmirror.cli.run import run  # noqa: PLC0415 - brings asyncio
+
+    output = Output(as_json=arguments.json)
+    return run(lambda interrupts: interrupts.guard(_list(arguments, output)), output)
+
+
+async def _list(arguments: argparse.Namespace, output: Output) -> int:
+    from qmpmirror.machine import connect  # noqa: PLC0415 - brings qemu.qmp
+
+    async with connect(
+        arguments.domain, timeout=arguments.connect_timeout, transcript=arguments.transcript
+    ) as vm:
+        disks = await vm.disks()
+    for disk in disks:
+        output.event("disk", **_fields(disk))
+    output.event("result", outcome="done", exit=0)
+    if arguments.details:
+        rows = [(disk.storage_type, _device(disk), disk.name, _source(disk)) for disk in disks]
+        output.say(table(("Type", "Device", "Target", "Source"), rows) + "\n")
+    else:
+        output.say(table(("Target", "Source"), [(d.name, _source(d)) for d in disks]) + "\n")
+    return 0
+
+
+def _fields(disk: Disk) -> dict[str, object]:
+    return {
+        "target": disk.target,
+        "device": disk.device,
+        "drive": disk.drive,
+        "node": disk.node,
+        "qom_path": disk.qom_path,
+        "image_node": disk.image.name if disk.image else "",
+        "format": disk.image.driver if disk.image else "",
+        "source": disk.path,
+        "type": disk.storage_type,
+    }
+
+
+def _source(disk: Disk) -> str:
+    return disk.path if disk.image else "-"
+
+
+def _device(disk: Disk) -> str:
+    if not disk.removable:
+        return "disk"
+    return "floppy" if disk.target.startswith("fd") else "cdrom"

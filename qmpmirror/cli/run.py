@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""How a command runs: one event loop, Ctrl-C, and errors turned into exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qmpmirror import errors
+from qmpmirror.cli.exits import Exit, exit_code
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from qmpmirror.cli.render import Output
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """Ctrl-C (or SIGTERM) came while something was under way."""
+
+
+class Interrupts:
+    """Turns signals into the end of whatever is being waited for, one at a time."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Any] | None = None
+        self._pending = False
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt)
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for ``work``; a signal cancels it.
+
+        Raises:
+            Interrupted: a signal came. ``work`` has been cancelled and has cleaned up.
+        """
+        task: asyncio.Task[T] = asyncio.create_task(work)
+        self._task = task
+        if self._pending:
+            task.cancel()
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not self._pending:
+                raise
+            self._pending = False
+            raise Interrupted from None
+        finally:
+            self._task = None
+
+    def _interrupt(self) -> None:
+        self._pending = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], output: Output) -> int:
+    """Run a command to its exit code; errors are shown, never a traceback."""
+
+    async def guarded() -> int:
+        return await command(Interrupts())
+
+    try:
+        return asyncio.run(guarded())
+    except Interrupted:
+        output.error("interrupted")
+        output.event("result", outcome="interrupted", exit=int(Exit.FAILED))
+        return Exit.FAILED
+    except errors.Error as error:
+        code = exit_code(error)
+        report(error, code, output)
+        return code
+
+
+def report(error: errors.Error, code: Exit, output: Output) -> None:
+    """Show an error to a person, or as the result to a program."""
+    output.error(str(error))
+    for left in error.left:
+        output.error(f"could not be cleaned up: {left}")
+    output.event(
+        "result",
+        outcome="error",
+        exit=int(code),
+        error=type(error).__name__,
+        message=error.description,
+        hint=error.hint,
+        left=list(error.left),
+    )

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""The public face: a connection to one QEMU, and what can be done with it."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from qmpmirror import address, discover, disks, graph, schema
+from qmpmirror.connection import CONNECT_SECONDS, open_monitor
+from qmpmirror.job import JobInfo, block_jobs
+from qmpmirror.monitor import Monitor, Transcript
+from qmpmirror.operations import blockcopy
+from qmpmirror.operations.options import BLOCKDEV_MIRROR, Options
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Generator
+    from types import TracebackType
+
+    from qemu.qmp import QMPClient
+
+    from qmpmirror.disks import Disk
+    from qmpmirror.graph import Graph
+    from qmpmirror.operations.blockcopy import Plan
+    from qmpmirror.operations.copy import Copy
+    from qmpmirror.schema import Schema
+
+__all__: Final = ["Machine", "connect"]
+
+
+@attrs.define(eq=False, init=False)
+class Machine:
+    """One QEMU (or qemu-storage-daemon) over one QMP connection.
+
+    Use `connect` to get one, or wrap a connected `qemu.qmp.QMPClient` of your own, which stays
+    yours: ``async with Machine(client) as vm`` does not disconnect it.
+    Leaving ``async with`` leaves running jobs running.
+
+    Attributes:
+        monitor: the connection.
+    """
+
+    monitor: Monitor
+    _schema: Schema | None
+
+    def __init__(self, client: QMPClient | Monitor) -> None:
+        """Wrap a connection; needs a running event loop."""
+        self.monitor = client if isinstance(client, Monitor) else Monitor(client)
+        self._schema = None
+
+    async def __aenter__(self) -> Machine:  # noqa: PYI034 - the class is not made for subclassing
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Let go of the connection; running jobs go on. Does nothing the second time."""
+        await self.monitor.close()
+
+    async def schema(self) -> Schema:
+        """What this QEMU can do (``query-qmp-schema``, asked once)."""
+        if self._schema is None:
+            self._schema = await schema.read(self.monitor)
+        return self._schema
+
+    async def graph(self) -> Graph:
+        """The block graph as it is now."""
+        return await graph.read(self.monitor)
+
+    async def disks(self) -> list[Disk]:
+        """The guest's disks, and the root nodes that no device uses."""
+        folder = discover.working_folder(self.monitor.pid)
+        return await disks.read(self.monitor, await self.graph(), folder)
+
+    async def disk(self, name: str) -> Disk:
+        """The disk that ``name`` identifies.
+
+        It is a device id, drive id, node name, QOM path, the path of the active image, or
+        libvirt's target name (``vda``).
+
+        Raises:
+            DiskNotFound: none; the error lists the candidates.
+            AmbiguousDisk: several; the error lists them.
+        """
+        return disks.find(await self.disks(), name)
+
+    async def jobs(self) -> list[JobInfo]:
+        """All block jobs, concluded ones included (``query-block-jobs``)."""
+        return await block_jobs(self.monitor)
+
+    async def blockcopy(
+        self,
+        disk: str,
+        destination: str | os.PathLike[str],
+        *,
+        shallow: bool = False,
+        format: str = "",  # noqa: A002 - virsh's word
+        bandwidth: int = 0,
+        granularity: int = 0,
+        buf_size: int = 0,
+        synchronous_writes: bool = False,
+        via: str = BLOCKDEV_MIRROR,
+        on_error: str = "report",
+        safe_start: bool = True,
+    ) -> Copy:
+        """Start to copy a disk under the live guest; return once the job runs.
+
+        Cancelling this, or any error, takes everything back: the block graph is as before, and a
+        file that this call created is removed.
+
+        Args:
+            disk: as for `disk`.
+            destination: path of the new image; relative to this process's folder.
+            shallow: copy the active layer only; the copy shares the backing chain.
+            format: of the copy, such as ``qcow2`` or ``raw``; by default the source's.
+            bandwidth: limit in bytes/s; 0 for none.
+            granularity: of the dirty bitmap in bytes; a power of two from 512 to 64 MiB.
+            buf_size: bytes in flight; 0 for QEMU's choice.
+            synchronous_writes: let each write of the guest wait for both images.
+            via: ``blockdev-mirror`` or ``drive-mirror``.
+            on_error: what an I/O error does: ``report``, ``stop``, ``ignore`` or ``enospc``.
+            safe_start: stop the vCPUs for the instant in which some QEMUs (8.2 to 10.0.9, 10.1,
+                10.2.0 and 10.2.1) would miss writes.
+
+        Raises:
+            UsageError: a value that no QEMU could accept.
+            Refused: the disk or destination cannot be used so, or this QEMU lacks something.
+            CommandTimeout: QEMU did not answer.
+            ConnectionLost: the connection ended.
+        """
+        plan = await self.plan_blockcopy(
+            disk,
+            destination,
+            Options(
+                shallow=shallow,
+                format=format,
+                bandwidth=bandwidth,
+                granularity=granularity,
+                buf_size=buf_size,
+                synchronous_writes=synchronous_writes,
+                via=via,
+                on_error=on_error,
+                safe_start=safe_start,
+            ),
+        )
+        return await self.start(plan)
+
+    async def plan_blockcopy(
+        self, disk: str, destination: str | os.PathLike[str], options: Options
+    ) -> Plan:
+        """Check a copy and plan its commands without changing anything; raises as `blockcopy`."""
+        return await blockcopy.plan(
+            self.monitor, await self.schema(), disk, str(destination), options
+        )
+
+    async def start(self, plan: Plan) -> Copy:
+        """Carry out a plan of `plan_blockcopy`; raises as `blockcopy`."""
+        return await blockcopy.start(self.monitor, await self.schema(), plan)
+
+
+@attrs.define(eq=False)
+class _Connecting:
+    """Makes ``await connect(...)`` and ``async with connect(...)`` both work."""
+
+    _text: str
+    _seconds: float
+    _transcript: str | os.PathLike[str] | None
+    _exit: AsyncExitStack = attrs.field(factory=AsyncExitStack, init=False)
+
+    def __await__(self) -> Generator[object, None, Machine]:
+        return self._open(self._exit).__await__()
+
+    async def __aenter__(self) -> Machine:
+        machine = await self._open(self._exit)
+        self._exit.push_async_callback(machine.close)
+        return machine
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._exit.aclose()
+
+    async def _open(self, stack: AsyncExitStack) -> Machine:
+        domain = address.resolve(self._text)
+        transcript = None
+        if self._transcript is not None:
+            file = open(self._transcript, "w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - closed by the stack
+            transcript = Transcript(stack.enter_context(file))
+        return Machine(await open_monitor(domain, seconds=self._seconds, transcript=transcript))
+
+
+def connect(
+    domain: str,
+    *,
+    timeout: float = CONNECT_SECONDS,
+    transcript: str | os.PathLike[str] | None = None,
+) -> _Connecting:
+    """Connect to a running QEMU.
+
+    Use it as ``async with connect(...) as vm`` or ``vm = await connect(...)``.
+
+    Args:
+        domain: a path of a QMP unix socket, ``unix:PATH``, ``HOST:PORT``, ``tcp:HOST:PORT``, or the
+            ``-name`` or pid of a QEMU on this host.
+        timeout: seconds until the monitor must have greeted us.
+        transcript: a file to which everything that passes is written, one JSON object a line.
+
+    Raises:
+        ConnectError: or one of its subclasses, when awaited or entered.
+    """
+    return _Connecting(domain, timeout, transcript)

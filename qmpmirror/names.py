@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""How our jobs, nodes and bitmaps are named in QEMU, and read back.
+
+QEMU is the only database: what a later process must know and cannot read from the block graph is
+in these names. A run has an id of eight characters.
+
+========  ===========================================  ==================================
+what      name                                         limit
+========  ===========================================  ==================================
+job       ``qmpmirror-VERB-RUN-FLAGS-SOURCE``          none
+node      ``qmpmirror-RUN-ROLE``                       31 characters (QEMU)
+bitmap    ``qmpmirror-RUN-MARK``                       1023 characters (qcow2)
+========  ===========================================  ==================================
+
+FLAGS are letters (`Flag`); SOURCE is the name of the source's image node, with every character that
+QEMU does not allow in a job id written as ``_`` and two hexadecimal digits.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import secrets
+
+import attrs
+
+PREFIX = "qmpmirror-"
+RUN_LENGTH = 8
+_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+_RUN = f"[{_ALPHABET}]{{{RUN_LENGTH}}}"
+_JOB = re.compile(rf"{PREFIX}(?P<verb>[a-z]+)-(?P<run>{_RUN})-(?P<flags>[a-z]*)-(?P<source>.*)")
+_OTHER = re.compile(rf"{PREFIX}(?P<run>{_RUN})-(?P<role>[a-z]+)")
+
+
+class Flag(enum.Enum):
+    """What a job's name remembers about it."""
+
+    SHALLOW = "s"
+    FULL = "f"
+    LATE_CHAIN = "l"
+    CREATED = "c"
+    DRIVE_MIRROR = "d"
+
+
+class Mark(enum.Enum):
+    """Bitmaps on our own target node that tell a later process what was under way."""
+
+    PIVOT = "pivot"
+    FINISH = "finish"
+    ABORT = "abort"
+    STOPPED = "stopped"
+
+
+@attrs.frozen
+class JobName:
+    """A job id of ours, taken apart.
+
+    Attributes:
+        verb: the operation, such as ``copy``.
+        run: the run's id.
+        flags: what else the name remembers.
+        source: name of the node that was the image under the guest device at the start.
+    """
+
+    verb: str
+    run: str
+    flags: frozenset[Flag]
+    source: str
+
+    def __str__(self) -> str:
+        letters = "".join(flag.value for flag in Flag if flag in self.flags)
+        return f"{PREFIX}{self.verb}-{self.run}-{letters}-{_encode(self.source)}"
+
+
+def new_run() -> str:
+    """A fresh run id: eight random characters."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(RUN_LENGTH))
+
+
+def node_name(run: str, role: str) -> str:
+    """The name of a run's node; ``role`` is ``format``, ``storage``, ``slice`` and the like."""
+    return f"{PREFIX}{run}-{role}"
+
+
+def bitmap_name(run: str, mark: Mark) -> str:
+    """The name of the bitmap that marks something on a run's target node."""
+    return f"{PREFIX}{run}-{mark.value}"
+
+
+def parse_job(job_id: str) -> JobName | None:
+    """Take a job id apart; None when the job is not ours."""
+    match = _JOB.fullmatch(job_id)
+    if match is None:
+        return None
+    known = {flag.value: flag for flag in Flag}
+    flags = frozenset(known[letter] for letter in match["flags"] if letter in known)
+    return JobName(match["verb"], match["run"], flags, _decode(match["source"]))
+
+
+def parse_node(name: str) -> tuple[str, str] | None:
+    """The run and the role of a node of ours; None when it is not ours."""
+    match = _OTHER.fullmatch(name)
+    return (match["run"], match["role"]) if match else None
+
+
+def parse_bitmap(name: str) -> tuple[str, Mark] | None:
+    """The run and the mark of a bitmap of ours; None when it is not ours."""
+    match = _OTHER.fullmatch(name)
+    if match is None or match["role"] not in {mark.value for mark in Mark}:
+        return None
+    return match["run"], Mark(match["role"])
+
+
+def _encode(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]", lambda m: "".join(f"_{b:02x}" for b in m[0].encode()), name)
+
+
+def _decode(text: str) -> str:
+    return re.sub(
+        r"(?:_[0-9a-f]{2})+",
+        lambda m: bytes.fromhex(m[0].replace("_", "")).decode(errors="replace"),
+        text,
+    )

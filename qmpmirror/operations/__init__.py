@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""One module per verb, each read top to bottom like its man page."""

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""The end of a copy: what has really happened, and what is to be put away.
+
+The error is read before the job is dismissed, the graph after. A finish and a pivot give the same
+events, and a failed job may have switched the guest: only the graph tells.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import attrs
+
+from qmpmirror import discover, disks, errors, graph, names
+from qmpmirror.life import Active, Ending, Life, Phase
+from qmpmirror.names import Flag
+from qmpmirror.steps import Command, attempt, remove_file
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qmpmirror.graph import Graph
+    from qmpmirror.monitor import Monitor
+    from qmpmirror.operations.copy import Copy
+
+
+@attrs.frozen
+class Result:
+    """How a copy has ended, read back from QEMU.
+
+    Attributes:
+        outcome: ``PIVOTED``, ``FINISHED`` or ``ABORTED``.
+        disk: the disk's name.
+        source: where the source image is.
+        destination: where the copy is.
+        active: the image that the guest uses now.
+        consistent: whether the destination holds a whole copy (after a pivot: is the disk).
+        removed: whether the destination's file was removed, because the copy was not whole.
+        left: what could not be cleaned up, one entry each.
+    """
+
+    outcome: Phase
+    disk: str
+    source: str
+    destination: str
+    active: str
+    consistent: bool
+    removed: bool = False
+    left: tuple[str, ...] = ()
+
+
+async def conclude(copy: Copy) -> Result:
+    """Put an ended job away and say how it has ended.
+
+    Raises:
+        JobFailed: it failed.
+    """
+    monitor, life = copy.monitor, copy.job.life
+    ended = await copy.job.refresh()
+    error = ended.error if ended else ""
+    copy.job.close()
+    await copy.job.dismiss()
+    picture = await graph.read(monitor)
+    active, where = await _authoritative(copy, picture, error)
+    outcome = life.conclude(error, active)
+    consistent = _is_consistent(life)
+    if outcome is Phase.PIVOTED:
+        await _remove_marks(copy, picture)
+        gone = picture.replaced_by_pivot(copy.name.source, whole_chain=not copy.backing)
+        left = await _delete(monitor, picture, gone)
+        removed = False
+    else:
+        left = await _delete(monitor, picture, _target_nodes(copy))
+        removed = not consistent and not left and _remove_worthless_file(copy, active)
+    if outcome is Phase.FAILED:
+        raise _failure(copy, error, active, where, left)
+    return Result(
+        outcome=outcome,
+        disk=copy.disk.name,
+        source=copy.disk.path,
+        destination=copy.destination,
+        active=where,
+        consistent=consistent,
+        removed=removed,
+        left=tuple(left),
+    )
+
+
+async def _authoritative(copy: Copy, picture: Graph, error: str) -> tuple[Active, str]:
+    """The image that the guest uses, whatever was meant."""
+    folder = discover.working_folder(copy.monitor.pid)
+    source, target = copy.name.source, copy.target_node
+    if copy.disk.qom_path:
+        for disk in await disks.read(copy.monitor, picture, folder):
+            if disk.is_under(copy.disk) and disk.image is not None:
+                known = {source: Active.SOURCE, target: Active.TARGET}
+                return known.get(disk.image.name, Active.OTHER), disk.path
+        return Active.OTHER, ""
+    # A node without a device: what used the source, such as an export, moves with a pivot.
+    if picture.users.get(target):
+        return Active.TARGET, copy.destination
+    life = copy.job.life
+    unused = not picture.users.get(source)
+    if unused and life.asked is Ending.PIVOT and not error and not life.cancelled:
+        return Active.TARGET, copy.destination
+    return Active.SOURCE, copy.disk.path
+
+
+def _is_consistent(life: Life) -> bool:
+    if life.phase is Phase.ABORTED:
+        return life.mirrored and life.asked is Ending.ABORT and not life.cancelled
+    return life.phase in {Phase.PIVOTED, Phase.FINISHED}
+
+
+async def _remove_marks(copy: Copy, picture: Graph) -> None:
+    for bitmap in picture.nodes[copy.target_node].bitmaps:
+        if names.parse_bitmap(bitmap.name) is not None:
+            mark = {"node": copy.target_node, "name": bitmap.name}
+            await attempt(copy.monitor, Command("block-dirty-bitmap-remove", mark))
+
+
+def _target_nodes(copy: Copy) -> list[str]:
+    return [copy.target_node, names.node_name(copy.name.run, "storage")]
+
+
+async def _delete(monitor: Monitor, picture: Graph, nodes: Sequence[str]) -> list[str]:
+    """Delete nodes; describe those that should be gone and are not."""
+    failed = {}
+    for name in nodes:
+        if name in picture.nodes:
+            reason = await attempt(monitor, Command("blockdev-del", {"node-name": name}))
+            if reason:
+                failed[name] = reason
+    if not failed:
+        return []
+    now = await graph.read(monitor)
+    return [
+        f"node {name}: {reason}"
+        for name, reason in failed.items()
+        if name in now.nodes and not now.users.get(name) and not now.parents(name)
+    ]
+
+
+def _remove_worthless_file(copy: Copy, active: Active) -> bool:
+    """Remove a half-written copy that this run created: it looks like a good one."""
+    ours = Flag.CREATED in copy.name.flags and discover.sees_our_files(copy.monitor.pid)
+    if not ours or active is not Active.SOURCE or not os.path.exists(copy.destination):
+        return False
+    remove_file(copy.destination)
+    return True
+
+
+def _failure(
+    copy: Copy, error: str, active: Active, where: str, left: Sequence[str]
+) -> errors.JobFailed:
+    reason = error or "the disk has another image now, or is gone"
+    description = f"the copy of {copy.disk.name} failed: {reason}"
+    if active is Active.SOURCE:
+        description += f"; the guest runs on {where}, which is complete"
+    failure = errors.JobFailed(description, job_id=copy.id, reason=reason, authoritative=where)
+    failure.left = tuple(left)
+    return failure

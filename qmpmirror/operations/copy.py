@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: MIT
+"""A copy under way: watching it, and its three endings.
+
+Whatever was asked for, the outcome is read back from QEMU's graph after the job has ended.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from qmpmirror import errors, graph, names
+from qmpmirror.job import STALL_SECONDS, Job, JobInfo, block_jobs
+from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
+from qmpmirror.names import Flag, JobName, Mark
+from qmpmirror.operations.conclusion import Result, conclude
+from qmpmirror.steps import Command, attempt
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from qmpmirror.disks import Disk
+    from qmpmirror.monitor import Monitor
+    from qmpmirror.schema import Schema
+
+_CONVERGE_SECONDS: Final = 2.0
+_SMOOTHING: Final = 0.3
+_MARKS: Final = {
+    Ending.PIVOT: Mark.PIVOT,
+    Ending.FINISH: Mark.FINISH,
+    Ending.ABORT: Mark.ABORT,
+}
+
+
+@attrs.frozen
+class Progress:
+    """How far a copy is.
+
+    Attributes:
+        phase: where it is in its life.
+        offset: bytes of work done.
+        length: bytes of work in all; it grows while the guest writes, and may be 0.
+        rate: bytes/s, smoothed; 0 when not known yet.
+        eta: seconds until the mirroring phase at this rate; None when not known.
+    """
+
+    phase: Phase
+    offset: int
+    length: int
+    rate: float
+    eta: float | None
+
+    @property
+    def percent(self) -> float:
+        """0 to 100; 100 only in the mirroring phase."""
+        if self.phase is not Phase.COPYING:
+            return 100.0
+        if not self.length:
+            return 0.0
+        return min(99.99, int(10000 * self.offset / self.length) / 100)
+
+
+@attrs.define(eq=False)
+class Copy:
+    """A copy under way.
+
+    Attributes:
+        monitor: the QEMU.
+        schema: what it can do.
+        job: the watched job.
+        name: the job's id, taken apart.
+        disk: the source disk, as it was at the start.
+        destination: where the copy is.
+        backing: the node that both images share; empty for a full copy.
+    """
+
+    monitor: Monitor
+    schema: Schema
+    job: Job
+    name: JobName
+    disk: Disk
+    destination: str
+    backing: str
+    _result: Result | None = attrs.field(default=None, init=False)
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self.job.id
+
+    @property
+    def phase(self) -> Phase:
+        """Where the copy is in its life, as far as events have told."""
+        return self.job.life.phase
+
+    @property
+    def target_node(self) -> str:
+        """The node that the job writes to."""
+        return names.node_name(self.name.run, "format")
+
+    async def info(self) -> JobInfo:
+        """Ask QEMU about the job (``query-block-jobs``).
+
+        Raises:
+            JobNotFound: QEMU has it no more.
+        """
+        for info in await block_jobs(self.monitor):
+            if info.id == self.id:
+                return info
+        raise errors.JobNotFound(f"QEMU has no block job {self.id}", job_id=self.id)
+
+    async def progress(self, interval: float = 0.5) -> AsyncIterator[Progress]:
+        """Report until the mirroring phase, or until the job has ended.
+
+        Leaving the loop, or cancelling it, touches nothing.
+
+        Args:
+            interval: seconds between two reports; the mirroring phase is reported at once.
+
+        Raises:
+            ConnectionLost: the connection ended.
+        """
+        rate, last = 0.0, (time.monotonic(), 0)
+        while not self.job.life.concluded:
+            try:
+                info = await self.info()
+            except errors.JobNotFound:
+                return
+            now = time.monotonic()
+            elapsed, done = now - last[0], info.offset - last[1]
+            if done and elapsed > 0:
+                newest = done / elapsed
+                rate = newest if not rate else rate + _SMOOTHING * (newest - rate)
+            last = (now, info.offset)
+            remaining = info.length - info.offset
+            eta = remaining / rate if rate > 0 else None
+            yield Progress(self.phase, info.offset, info.length, rate, eta)
+            if self.phase is not Phase.COPYING:
+                return
+            await self.job.wait(lambda life: life.mirrored, seconds=interval)
+
+    async def ready(
+        self, *, seconds: float | None = None, stall_seconds: float = STALL_SECONDS
+    ) -> bool:
+        """Wait for the mirroring phase: from then on the copy follows every write of the guest.
+
+        Cancelling this is safe; the copy goes on.
+
+        Args:
+            seconds: return False after this long; the copy goes on.
+            stall_seconds: give up after this long without any progress.
+
+        Raises:
+            JobFailed: the job ended before.
+            Stalled: no progress; the copy goes on.
+            ConnectionLost: the connection ended.
+        """
+        in_time = await self.job.wait(
+            lambda life: life.mirrored, seconds=seconds, stall_seconds=stall_seconds
+        )
+        if self.job.life.concluded:
+            result = await self._conclude()
+            raise errors.JobFailed(
+                f"somebody else ended the copy of {self.disk.name}: {result.outcome.value}",
+                job_id=self.id,
+                reason=result.outcome.value,
+                authoritative=result.active,
+            )
+        return in_time
+
+    async def pivot(
+        self, *, seconds: float | None = None, stall_seconds: float = STALL_SECONDS
+    ) -> Result:
+        """Switch the guest to the copy (``job-complete``), and let go of the old image.
+
+        While the guest writes faster than the target takes it, no instant comes at which both are
+        equal; then its writes are made to wait for the target (``block-job-change``, QEMU 8.2).
+        Cancelling this does not take the request back: the job goes on to its end.
+
+        Args:
+            seconds: give up waiting after this long.
+            stall_seconds: give up waiting after this long without any progress.
+
+        Raises:
+            NotReady: the mirroring phase is not reached.
+            EndingAlreadyAsked: an ending was asked for before, by whomever.
+            JobFailed: the job failed; `JobFailed.authoritative` is the guest's image.
+            DeadlineExceeded: ``seconds`` passed; the job goes on to its end.
+            Stalled: no progress; the job goes on to its end.
+            ConnectionLost: the connection ended; only QEMU knows the outcome.
+        """
+        return await self._end(Ending.PIVOT, seconds, stall_seconds)
+
+    async def finish(
+        self, *, seconds: float | None = None, stall_seconds: float = STALL_SECONDS
+    ) -> Result:
+        """Keep the copy as it is at one instant; the guest stays (soft ``block-job-cancel``).
+
+        Arguments, errors and cancelling: as for `pivot`.
+        """
+        return await self._end(Ending.FINISH, seconds, stall_seconds)
+
+    async def abort(
+        self,
+        *,
+        force: bool = False,
+        seconds: float | None = None,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> Result:
+        """End the copy; the guest stays on the source.
+
+        In the mirroring phase the copy is brought to one instant first, and is consistent; before
+        it the copy is worthless, and its file is removed if this run created it.
+
+        Args:
+            force: do not wait for consistency; the copy is worthless then.
+            seconds: as for `pivot`.
+            stall_seconds: as for `pivot`.
+
+        Raises: as `pivot`.
+        """
+        return await self._end(Ending.ABORT, seconds, stall_seconds, force=force)
+
+    async def set_bandwidth(self, bandwidth: int) -> None:
+        """Change the limit (``block-job-set-speed``) to bytes/s; 0 for none."""
+        await self.monitor.execute("block-job-set-speed", {"device": self.id, "speed": bandwidth})
+
+    async def _end(
+        self,
+        ending: Ending,
+        seconds: float | None,
+        stall_seconds: float,
+        *,
+        force: bool = False,
+    ) -> Result:
+        if self._result is not None:
+            raise self._already()
+        if not self.job.life.concluded:
+            await self._ask(ending, force=force)
+            await self._wait_for_end(ending, seconds, stall_seconds)
+        return await self._conclude()
+
+    async def _ask(self, ending: Ending, *, force: bool) -> None:
+        life = self.job.life
+        if ending is not Ending.ABORT and life.phase is Phase.COPYING:
+            raise errors.NotReady(
+                f"the copy of {self.disk.name} cannot {ending.value} yet: it is still copying",
+                job_id=self.id,
+                hint="wait for the mirroring phase",
+            )
+        if life.phase.over or (life.asked is not None and not force):
+            raise self._already()
+        await self._check_target(ending)
+        await self._mark(_MARKS[ending])
+        if ending is not Ending.ABORT:
+            await self._unlimit()
+        try:
+            life.ask(ending, force=force)
+        except IllegalTransitionError:
+            raise self._already() from None
+        try:
+            await self._send(ending, force=force or life.phase is Phase.COPYING)
+        except errors.CommandFailed:
+            self.job.life.refused()
+            await self._unmark(_MARKS[ending])
+            raise
+
+    async def _send(self, ending: Ending, *, force: bool) -> None:
+        if ending is not Ending.PIVOT:
+            soft = ending is Ending.FINISH or (self.job.life.mirrored and not force)
+            await self.monitor.execute("block-job-cancel", {"device": self.id, "force": not soft})
+            return
+        while True:
+            try:
+                await self.monitor.execute("job-complete", {"id": self.id})
+            except errors.CommandFailed:
+                # QEMU 5.2 refuses in the short standby of a drain: it has not taken the request.
+                if self.job.life.status != "standby":
+                    raise
+                await self.job.wait(lambda life: life.status == "ready")
+            else:
+                return
+
+    async def _wait_for_end(
+        self, ending: Ending, seconds: float | None, stall_seconds: float
+    ) -> None:
+        end = None if seconds is None else time.monotonic() + seconds
+        first = _CONVERGE_SECONDS if seconds is None else min(_CONVERGE_SECONDS, seconds)
+        if await self.job.wait(_concluded, seconds=first):
+            return
+        await self._make_writes_wait()
+        remaining = None if end is None else max(0.0, end - time.monotonic())
+        if not await self.job.wait(_concluded, seconds=remaining, stall_seconds=stall_seconds):
+            raise errors.DeadlineExceeded(
+                f"the copy of {self.disk.name} did not {ending.value} within {seconds:g} s:"
+                " the guest writes faster than the destination takes it; the job goes on",
+                hint="let the guest write less, or copy with synchronous writes",
+            )
+
+    async def _make_writes_wait(self) -> None:
+        """Help a mirror that does not converge, where QEMU can (8.2) and where it is safe."""
+        if not self.schema.has_command("block-job-change") or not self.job.life.mirrored:
+            return
+        if self.name.flags >= {Flag.SHALLOW, Flag.DRIVE_MIRROR}:
+            return  # its target has no backing yet: it would be corrupted
+        change = {"id": self.id, "type": "mirror", "copy-mode": "write-blocking"}
+        await attempt(self.monitor, Command("block-job-change", change))
+
+    async def _check_target(self, ending: Ending) -> None:
+        """Look at the target before an ending: at its marks, and for a pivot at its backing."""
+        picture = await graph.read(self.monitor)
+        node = picture.nodes.get(self.target_node)
+        marks = {names.parse_bitmap(bitmap.name) for bitmap in node.bitmaps} if node else set()
+        asked_by_others = marks & {(self.name.run, mark) for mark in _MARKS.values()}
+        if asked_by_others and self.job.life.asked is None:
+            raise self._already()
+        if ending is not Ending.PIVOT or not self.backing or Flag.DRIVE_MIRROR in self.name.flags:
+            return  # drive-mirror attaches the backing itself, when it completes
+        if node is None or node.child("backing") != self.backing:
+            raise errors.JobError(
+                f"the copy of {self.disk.name} has lost its backing node {self.backing}:"
+                " switching to it would lose data",
+                job_id=self.id,
+            )
+
+    async def _unlimit(self) -> None:
+        """A bandwidth limit holds during the ending too, and would only prolong it."""
+        if (await self.info()).speed:
+            await self.set_bandwidth(0)
+
+    async def _mark(self, mark: Mark) -> None:
+        """Write down in QEMU what is being asked for, before it is asked for."""
+        bitmap = {"node": self.target_node, "name": names.bitmap_name(self.name.run, mark)}
+        refusal = await attempt(self.monitor, Command("block-dirty-bitmap-add", bitmap))
+        if "already exists" in refusal:
+            raise self._already()
+
+    async def _unmark(self, mark: Mark) -> None:
+        bitmap = {"node": self.target_node, "name": names.bitmap_name(self.name.run, mark)}
+        await attempt(self.monitor, Command("block-dirty-bitmap-remove", bitmap))
+
+    def _already(self) -> errors.EndingAlreadyAsked:
+        if self._result is not None:
+            description = f"the copy of {self.disk.name} is {self._result.outcome.value} already"
+        else:
+            description = f"the copy of {self.disk.name} is being ended already"
+        return errors.EndingAlreadyAsked(description, job_id=self.id)
+
+    async def _conclude(self) -> Result:
+        self._result = await conclude(self)
+        return self._result
+
+
+def _concluded(life: Life) -> bool:
+    return life.concluded

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""The options of a copy, checked when they are given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from qmpmirror import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BLOCKDEV_MIRROR: Final = "blockdev-mirror"
+DRIVE_MIRROR: Final = "drive-mirror"
+POLICIES: Final = ("report", "stop", "ignore", "enospc")
+
+_MAX_INT64: Final = 2**63 - 1
+_GRANULARITY: Final = range(512, 64 * 1024 * 1024 + 1)
+
+
+def _valid_bandwidth(_: object, __: object, value: int) -> None:
+    if not 0 <= value <= _MAX_INT64:
+        raise errors.UsageError(
+            f"bandwidth {value} bytes/s is out of range: give 0 (no limit) to {_MAX_INT64}"
+        )
+
+
+def _valid_buf_size(_: object, __: object, value: int) -> None:
+    if not 0 <= value <= _MAX_INT64:
+        raise errors.UsageError(
+            f"buf-size {value} bytes is out of range: give 0 (QEMU's choice) to {_MAX_INT64}"
+        )
+
+
+def _valid_granularity(_: object, __: object, value: int) -> None:
+    if value and (value not in _GRANULARITY or value & (value - 1)):
+        raise errors.UsageError(
+            f"granularity {value} bytes is not a power of two from 512 to 64 MiB"
+        )
+
+
+def _one_of(*allowed: str) -> Callable[[Any, attrs.Attribute[str], str], None]:
+    def check(_: object, attribute: attrs.Attribute[str], value: str) -> None:
+        if value not in allowed:
+            name = attribute.name.replace("_", "-")
+            raise errors.UsageError(f"{name} {value!r} is none of {', '.join(allowed)}")
+
+    return check
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """How to copy.
+
+    Attributes:
+        shallow: copy the active layer only and share its backing chain (``sync=top``).
+        format: of the copy; empty for the source's.
+        bandwidth: limit in bytes/s, 0 for none.
+        granularity: of the dirty bitmap, in bytes: a power of two from 512 to 64 MiB; 0 for QEMU's
+            choice.
+        buf_size: bytes in flight, 0 for QEMU's choice.
+        synchronous_writes: a guest's write waits for both images (``copy-mode=write-blocking``).
+        via: ``blockdev-mirror`` or ``drive-mirror``.
+        on_error: what an I/O error does: ``report`` (end the job), ``stop``, ``ignore`` or
+            ``enospc`` (stop only when space runs out).
+        safe_start: stop the vCPUs while the mirror starts, on QEMUs that would miss writes then.
+    """
+
+    shallow: bool = False
+    format: str = ""
+    bandwidth: int = attrs.field(default=0, validator=_valid_bandwidth)
+    granularity: int = attrs.field(default=0, validator=_valid_granularity)
+    buf_size: int = attrs.field(default=0, validator=_valid_buf_size)
+    synchronous_writes: bool = False
+    via: str = attrs.field(
+        default=BLOCKDEV_MIRROR, validator=_one_of(BLOCKDEV_MIRROR, DRIVE_MIRROR)
+    )
+    on_error: str = attrs.field(default="report", validator=_one_of(*POLICIES))
+    safe_start: bool = True

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""The commands of a plan, each with its undo.
+
+A plan is a list of steps that can be shown, checked against a schema, or run. A step registers its
+undo before it is sent: a command whose reply never came may have run. Undoing what is not there
+is therefore no error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+
+from qmpmirror import errors
+from qmpmirror.job import Job
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AsyncExitStack
+
+    from qmpmirror.monitor import Monitor
+
+log = logging.getLogger("qmpmirror.steps")
+
+
+@attrs.frozen
+class Command:
+    """A QMP command with its arguments."""
+
+    name: str
+    arguments: Mapping[str, Any] = attrs.field(factory=dict)
+
+    def as_qmp(self) -> dict[str, Any]:
+        """As it goes over the wire."""
+        if self.arguments:
+            return {"execute": self.name, "arguments": dict(self.arguments)}
+        return {"execute": self.name}
+
+
+class Step(Protocol):
+    """One step of a plan."""
+
+    def commands(self) -> list[Command]:
+        """What will be sent, in order."""
+
+    async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:
+        """Do it, after registering on ``undo`` how to take it back."""
+
+
+@attrs.frozen
+class Execute:
+    """A command that has done its work when QEMU replies.
+
+    Attributes:
+        command: what to send.
+        reverse: what takes it back, if anything.
+    """
+
+    command: Command
+    reverse: Command | None = None
+
+    def commands(self) -> list[Command]:
+        """What will be sent, in order."""
+        return [self.command]
+
+    async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:
+        """Send the command."""
+        if self.reverse is not None:
+            undo.push_async_callback(attempt, monitor, self.reverse)
+        await monitor.execute(self.command.name, self.command.arguments)
+
+
+@attrs.frozen
+class CreateImage:
+    """``blockdev-create``: a job that ends by itself and must be dismissed.
+
+    Attributes:
+        job_id: the job's id.
+        options: what to create (``BlockdevCreateOptions``).
+        makes_file: the path of a file that is not there before, or an empty string.
+    """
+
+    job_id: str
+    options: Mapping[str, Any]
+    makes_file: str = ""
+
+    def commands(self) -> list[Command]:
+        """What will be sent, in order."""
+        return [
+            Command("blockdev-create", {"job-id": self.job_id, "options": dict(self.options)}),
+            Command("job-dismiss", {"id": self.job_id}),
+        ]
+
+    async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:
+        """Create it and wait for the end.
+
+        Raises:
+            CommandFailed: with the job's error as reason, if it failed.
+        """
+        if self.makes_file:
+            undo.callback(remove_file, self.makes_file)
+        undo.push_async_callback(cancel_job, monitor, self.job_id)
+        create, _ = self.commands()
+        with Job(monitor, self.job_id) as job:
+            await monitor.execute(create.name, create.arguments)
+            await job.wait(lambda life: life.concluded)
+            ended = await job.refresh()
+            await job.dismiss()
+        if ended is not None and ended.error:
+            raise errors.CommandFailed(create.name, create.arguments, ended.error, "GenericError")
+
+
+@attrs.frozen
+class ProveAbsent:
+    """Make sure that a path names nothing in QEMU's own view of the files.
+
+    ``blockdev-create`` would empty an existing file. Needed where QEMU may see other files than we.
+    """
+
+    path: str
+    node: str
+
+    def commands(self) -> list[Command]:
+        """What will be sent, in order."""
+        options = {
+            "driver": "file",
+            "node-name": self.node,
+            "filename": self.path,
+            "read-only": True,
+        }
+        return [Command("blockdev-add", options)]
+
+    async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:  # noqa: ARG002 - Step
+        """Try to open it.
+
+        Raises:
+            DestinationExists: it can be opened, so it is there.
+            DestinationError: QEMU cannot tell, with its reason.
+        """
+        (add,) = self.commands()
+        try:
+            await monitor.execute(add.name, add.arguments)
+        except errors.CommandFailed as error:
+            if os.strerror(2) in error.reason:
+                return
+            raise errors.DestinationError(error.reason, destination=self.path) from error
+        await monitor.execute("blockdev-del", {"node-name": self.node})
+        raise errors.DestinationExists(
+            f"{self.path} exists already, as QEMU sees it", destination=self.path
+        )
+
+
+async def attempt(monitor: Monitor, command: Command) -> str:
+    """Send a command whose refusal means that there was nothing to do; return the reason."""
+    try:
+        await monitor.execute(command.name, command.arguments)
+    except errors.CommandFailed as error:
+        log.debug("%s: %s", command.name, error.reason)
+        return error.reason
+    return ""
+
+
+async def cancel_job(monitor: Monitor, job_id: str) -> None:
+    """Take a job away by force, wait until it has ended, and dismiss it; fine if it is gone."""
+    with Job(monitor, job_id) as job:
+        if await job.refresh() is None:
+            return
+        if not job.life.concluded:
+            await attempt(monitor, Command("job-cancel", {"id": job_id}))
+            await job.wait(lambda life: life.concluded)
+        await job.dismiss()
+
+
+def remove_file(path: str) -> None:
+    """Remove a file that this run created; fine if it is gone, or never came into being."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
