@@ -116,11 +116,13 @@ class User:
         kind: ``block-backend`` or ``block-job``.
         name: the backend's or the device's name, the job's id, or nothing (an export).
         role: such as ``root``, ``target`` or ``main node``.
+        writes: whether it may write.
     """
 
     kind: str
     name: str
     role: str
+    writes: bool = False
 
 
 @attrs.frozen
@@ -297,7 +299,8 @@ def _edges(
         if kind == "block-driver":
             children.setdefault(parent, []).append((edge["name"], child))
         else:
-            users.setdefault(child, []).append(User(kind, parent, edge["name"]))
+            user = User(kind, parent, edge["name"], writes="write" in edge["perm"])
+            users.setdefault(child, []).append(user)
     return children, users
 
 

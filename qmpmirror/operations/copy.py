@@ -316,7 +316,16 @@ class Copy:
         asked_by_others = marks & {(self.name.run, mark) for mark in _MARKS.values()}
         if asked_by_others and self.job.life.asked is None:
             raise self._already()
-        if ending is not Ending.PIVOT or not self.backing or Flag.DRIVE_MIRROR in self.name.flags:
+        if ending is not Ending.PIVOT:
+            return
+        if any(user.writes for user in picture.users.get(self.name.source, ())):
+            # It came after the mirror's filter and below it. QEMU 5.2 would abort at the switch.
+            raise errors.JobError(
+                f"something writes to node {self.name.source} behind the mirror, such as an export",
+                job_id=self.id,
+                hint="end that first",
+            )
+        if not self.backing or Flag.DRIVE_MIRROR in self.name.flags:
             return  # drive-mirror attaches the backing itself, when it completes
         if node is None or node.child("backing") != self.backing:
             raise errors.JobError(
