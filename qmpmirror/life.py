@@ -185,9 +185,11 @@ class Life:
             self.phase = Phase.PIVOTED
         elif active is Active.OTHER:
             self.phase = Phase.FAILED
-        elif error or self.cancelled:
-            by_force = self.cancelled or error == CANCELLED
-            self.phase = Phase.ABORTED if by_force else Phase.FAILED
+        elif self.cancelled or error == CANCELLED:
+            self.cancelled = True
+            self.phase = Phase.ABORTED
+        elif error:
+            self.phase = Phase.FAILED
         elif self.asked is Ending.ABORT:
             self.phase = Phase.ABORTED
         else:

@@ -12,8 +12,9 @@ node      ``qmpmirror-RUN-ROLE``                       31 characters (QEMU)
 bitmap    ``qmpmirror-RUN-MARK``                       1023 characters (qcow2)
 ========  ===========================================  ==================================
 
-FLAGS are letters (`Flag`); SOURCE is the name of the source's image node, with every character that
-QEMU does not allow in a job id written as ``_`` and two hexadecimal digits.
+FLAGS are letters (`Flag`). SOURCE is the name of the source's image node, or the path of a file
+that is being created; a character that QEMU does not allow in a job id is written as ``_`` and two
+hexadecimal digits.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class JobName:
         verb: the operation, such as ``copy``.
         run: the run's id.
         flags: what else the name remembers.
-        source: name of the node that was the image under the guest device at the start.
+        source: name of the node that was the image under the guest device at the start; for
+            ``create`` the path of the file.
     """
 
     verb: str
@@ -70,6 +72,16 @@ class JobName:
     def __str__(self) -> str:
         letters = "".join(flag.value for flag in Flag if flag in self.flags)
         return f"{PREFIX}{self.verb}-{self.run}-{letters}-{_encode(self.source)}"
+
+
+def created_file(run: str, path: str, *, ours: bool) -> JobName:
+    """The job that creates a run's file; ``ours`` when the file is not there before."""
+    return JobName("create", run, frozenset({Flag.CREATED} if ours else ()), path)
+
+
+def created_header(run: str) -> JobName:
+    """The job that writes a run's image header into its file."""
+    return JobName("format", run, frozenset(), "")
 
 
 def new_run() -> str:

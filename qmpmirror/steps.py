@@ -76,7 +76,10 @@ class Execute:
 
 @attrs.frozen
 class CreateImage:
-    """``blockdev-create``: a job that ends by itself and must be dismissed.
+    """``blockdev-create``: a job that ends by itself.
+
+    It is left concluded: until it is dismissed (`dismissal`) its id tells a later process what was
+    created.
 
     Attributes:
         job_id: the job's id.
@@ -90,10 +93,12 @@ class CreateImage:
 
     def commands(self) -> list[Command]:
         """What will be sent, in order."""
-        return [
-            Command("blockdev-create", {"job-id": self.job_id, "options": dict(self.options)}),
-            Command("job-dismiss", {"id": self.job_id}),
-        ]
+        arguments = {"job-id": self.job_id, "options": dict(self.options)}
+        return [Command("blockdev-create", arguments)]
+
+    def dismissal(self) -> Execute:
+        """The step that makes QEMU forget the job."""
+        return Execute(Command("job-dismiss", {"id": self.job_id}))
 
     async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:
         """Create it and wait for the end.
@@ -104,12 +109,11 @@ class CreateImage:
         if self.makes_file:
             undo.callback(remove_file, self.makes_file)
         undo.push_async_callback(cancel_job, monitor, self.job_id)
-        create, _ = self.commands()
+        (create,) = self.commands()
         with Job(monitor, self.job_id) as job:
             await monitor.execute(create.name, create.arguments)
             await job.wait(lambda life: life.concluded)
             ended = await job.refresh()
-            await job.dismiss()
         if ended is not None and ended.error:
             raise errors.CommandFailed(create.name, create.arguments, ended.error, "GenericError")
 

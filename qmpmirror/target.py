@@ -138,6 +138,19 @@ def check(
     return Destination(text, new_format, exists=True)
 
 
+@attrs.frozen
+class Creation:
+    """The steps that create an image.
+
+    Attributes:
+        steps: in order; they leave the storage node open.
+        last: what remains to be done when the copy's own job runs, and is QEMU's record of the run.
+    """
+
+    steps: tuple[Step, ...] = ()
+    last: tuple[Execute, ...] = ()
+
+
 def creation(
     run: str,
     destination: Destination,
@@ -146,30 +159,30 @@ def creation(
     schema: Schema,
     *,
     sees_our_files: bool,
-) -> list[Step]:
-    """The steps that create an image and leave its storage node open (none for ``raw``)."""
+) -> Creation:
+    """Plan the creation of an image by QEMU itself (``blockdev-create``)."""
     steps: list[Step] = []
     storage = names.node_name(run, "storage")
     if not sees_our_files:
         steps.append(ProveAbsent(destination.path, storage))
+    # A file that only QEMU sees is not ours to remove by its path.
+    ours = sees_our_files and not destination.exists
     headerless = destination.format == _HEADERLESS
-    steps.append(
-        CreateImage(
-            _create_job(run, "storage"),
-            {
-                "driver": _OPENED_BY_PATH,
-                "filename": destination.path,
-                "size": layout.size if headerless else 0,
-            },
-            # A file that only QEMU sees is not ours to remove by its path.
-            makes_file=destination.path if sees_our_files and not destination.exists else "",
-        )
+    file = CreateImage(
+        str(names.created_file(run, destination.path, ours=ours)),
+        {
+            "driver": _OPENED_BY_PATH,
+            "filename": destination.path,
+            "size": layout.size if headerless else 0,
+        },
+        makes_file=destination.path if ours else "",
     )
-    steps.append(_open_storage(storage, destination.path, source))
+    steps += [file, _open_storage(storage, destination.path, source)]
     if not headerless:
         options = _format_options(destination, layout, storage, schema)
-        steps.append(CreateImage(_create_job(run, "format"), options))
-    return steps
+        header = CreateImage(str(names.created_header(run)), options)
+        steps += [header, header.dismissal()]
+    return Creation(tuple(steps), (file.dismissal(),))
 
 
 def opening(run: str, destination: Destination, layout: Layout, source: Node) -> Step:
@@ -248,10 +261,6 @@ def _add(options: dict[str, Any]) -> Execute:
         Command("blockdev-add", options),
         reverse=Command("blockdev-del", {"node-name": options["node-name"]}),
     )
-
-
-def _create_job(run: str, role: str) -> str:
-    return str(names.JobName("create", run, frozenset(), role))
 
 
 def _backing_string(graph: Graph, image: Node, folder: str | None) -> str:

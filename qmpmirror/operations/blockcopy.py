@@ -43,6 +43,7 @@ class Plan:
         backing: the node that both images share; empty for a full copy.
         prepare: the steps that create and open the target.
         mirror: the command that starts the job.
+        last: what remains to be done once it runs.
         stops_vcpus: whether the vCPUs are stopped while the mirror starts.
         replaced: the nodes that a pivot makes superfluous, top down.
     """
@@ -54,6 +55,7 @@ class Plan:
     backing: str
     prepare: tuple[Step, ...]
     mirror: Command
+    last: tuple[Step, ...]
     stops_vcpus: bool
     replaced: tuple[str, ...] = ()
 
@@ -65,10 +67,11 @@ class Plan:
     def commands(self) -> list[Command]:
         """Every command that starts the copy, in order."""
         prepare = [command for step in self.prepare for command in step.commands()]
+        last = [command for step in self.last for command in step.commands()]
         if not self.stops_vcpus:
-            return [*prepare, self.mirror]
+            return [*prepare, self.mirror, *last]
         mark = [step.command for step in _marks(self)]
-        return [*prepare, *mark, Command("stop"), self.mirror, Command("cont")]
+        return [*prepare, *mark, Command("stop"), self.mirror, Command("cont"), *last]
 
     def ending_commands(self, ending: Ending | None) -> list[Command]:
         """The commands that are going to end the copy in the mirroring phase, in order."""
@@ -91,7 +94,7 @@ class Plan:
             gone = () if by_path else (self.target_node, storage)
         delete = [Command("blockdev-del", {"node-name": name}) for name in gone]
         dismiss = Command("job-dismiss", {"id": job})
-        return [Command("block-dirty-bitmap-add", mark), end, dismiss, *after, *delete]
+        return [Command("block-dirty-bitmap-add", mark), end, *after, *delete, dismiss]
 
 
 async def plan(
@@ -129,14 +132,15 @@ async def plan(
     if backing:
         layout = layout.on(picture, backing, folder)
     job = _name_job(source.name, new, shallow=bool(backing), via=options.via)
-    prepare = _preparation(job, new, layout, source, schema, sees_our_files=sees_our_files)
+    create = _preparation(job, new, layout, source, schema, sees_our_files=sees_our_files)
     result = Plan(
         disk=disk,
         destination=new,
         job=job,
         shallow=bool(backing),
         backing=backing,
-        prepare=tuple(prepare),
+        prepare=create.steps,
+        last=create.last,
         mirror=_mirror(job, disk, new, options, schema),
         replaced=tuple(picture.replaced_by_pivot(source.name, whole_chain=not backing)),
         stops_vcpus=options.safe_start and await _misses_writes_at_start(monitor, schema),
@@ -168,6 +172,8 @@ async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
                 await monitor.execute(plan.mirror.name, plan.mirror.arguments)
                 if plan.stops_vcpus:
                     await _initialized(job)
+            for step in plan.last:
+                await step.run(monitor, undo)
             await job.refresh()
         except errors.CommandFailed as error:
             raise _explained(error, plan) from error
@@ -241,17 +247,19 @@ def _preparation(
     schema: Schema,
     *,
     sees_our_files: bool,
-) -> list[Step]:
+) -> target.Creation:
     by_drive_mirror = Flag.DRIVE_MIRROR in job.flags
     if by_drive_mirror and layout.backing_node:
         # drive-mirror itself creates the image: only then does it share the source's backing node.
         if not os.path.isabs(layout.backing_file) and ":" not in layout.backing_file:
             raise errors.Refused("drive-mirror needs QEMU's disks to have absolute paths")
-        return []
+        return target.Creation()
     create = target.creation(job.run, new, layout, source, schema, sees_our_files=sees_our_files)
     if by_drive_mirror:
-        return [*create, target.close_storage(job.run)]
-    return [*create, target.opening(job.run, new, layout, source)]
+        opening = target.close_storage(job.run)
+    else:
+        opening = target.opening(job.run, new, layout, source)
+    return attrs.evolve(create, steps=(*create.steps, opening))
 
 
 def _mirror(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The end of a copy: what has really happened, and what is to be put away.
 
-The error is read before the job is dismissed, the graph after. A finish and a pivot give the same
-events, and a failed job may have switched the guest: only the graph tells.
+A finish and a pivot give the same events, and a failed job may have switched the guest: only the
+graph tells. The job is dismissed last: until then it is QEMU's record of what belongs to the run,
+and another process could do the rest.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ async def conclude(copy: Copy) -> Result:
     ended = await copy.job.refresh()
     error = ended.error if ended else ""
     copy.job.close()
-    await copy.job.dismiss()
     picture = await graph.read(monitor)
     active, where = await _authoritative(copy, picture, error)
     outcome = life.conclude(error, active)
@@ -73,6 +73,7 @@ async def conclude(copy: Copy) -> Result:
     else:
         left = await _delete(monitor, picture, _target_nodes(copy))
         removed = not consistent and not left and _remove_worthless_file(copy, active)
+    await copy.job.dismiss()
     if outcome is Phase.FAILED:
         raise _failure(copy, error, active, where, left)
     return Result(
@@ -98,10 +99,10 @@ async def _authoritative(copy: Copy, picture: Graph, error: str) -> tuple[Active
                 return known.get(disk.image.name, Active.OTHER), disk.path
         return Active.OTHER, ""
     # A node without a device: what used the source, such as an export, moves with a pivot.
-    if picture.users.get(target):
+    if any(user.kind == "block-backend" for user in picture.users.get(target, ())):
         return Active.TARGET, copy.destination
     life = copy.job.life
-    unused = not picture.users.get(source)
+    unused = not any(user.kind == "block-backend" for user in picture.users.get(source, ()))
     if unused and life.asked is Ending.PIVOT and not error and not life.cancelled:
         return Active.TARGET, copy.destination
     return Active.SOURCE, copy.disk.path
