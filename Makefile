@@ -17,7 +17,7 @@ demo: venv  ## play the scene: a live disk moves from snap2 to copy
 test: check test-fast  ## linters, types, and all tests on the system's QEMU
 
 test-fast: venv guest
-	$(PYTEST) -n 2 --dist worksteal tests
+	$(PYTEST) -n 2 --dist worksteal -m "not slow" tests
 
 test-matrix: venv guest qemus  ## all tests on QEMU 5.2, 7.2, 10.0 and the newest
 	$(PYTEST) -n 2 --dist worksteal tests/qemu tests/guest $(addprefix --qemu ,$(QEMUS))

@@ -48,15 +48,19 @@ if TYPE_CHECKING:
     from qmpmirror.machine import Machine, connect
     from qmpmirror.operations.blockcopy import Plan
     from qmpmirror.operations.conclusion import Result
-    from qmpmirror.operations.copy import Copy, Progress
+    from qmpmirror.operations.copy import Copy
+    from qmpmirror.operations.handle import BlockJob, Progress
     from qmpmirror.operations.options import Options
+    from qmpmirror.operations.recover import Finding, Way
 
 __version__ = "0.1.0.dev0"
 
 # Loaded when first used: a command line that only prints its help needs none of it.
 _HOMES = {
+    "BlockJob": "operations.handle",
     "Copy": "operations.copy",
     "Disk": "disks",
+    "Finding": "operations.recover",
     "Graph": "graph",
     "JobInfo": "job",
     "Machine": "machine",
@@ -64,14 +68,16 @@ _HOMES = {
     "Options": "operations.options",
     "Phase": "life",
     "Plan": "operations.blockcopy",
-    "Progress": "operations.copy",
+    "Progress": "operations.handle",
     "Result": "operations.conclusion",
+    "Way": "operations.recover",
     "connect": "machine",
 }
 
 __all__ = [
     "AmbiguousDisk",
     "AmbiguousDomain",
+    "BlockJob",
     "CommandFailed",
     "CommandTimeout",
     "ConnectError",
@@ -87,6 +93,7 @@ __all__ = [
     "EmptyDrive",
     "EndingAlreadyAsked",
     "Error",
+    "Finding",
     "Graph",
     "JobError",
     "JobFailed",
@@ -108,6 +115,7 @@ __all__ = [
     "Stalled",
     "Unsupported",
     "UsageError",
+    "Way",
     "connect",
 ]
 

@@ -46,6 +46,8 @@ def resolve(text: str) -> Domain:
     """
     if not text:
         raise UsageError("the domain is empty: give a QMP socket, HOST:PORT, a name or a pid")
+    if "\0" in text:
+        raise UsageError(f"domain {text!r} has a NUL character in it")
     scheme, separator, rest = text.partition("://")
     if separator:
         raise UsageError(f"domain {text!r}: connecting by {scheme}:// is not supported yet: {rest}")
@@ -115,7 +117,7 @@ def _name(text: str) -> Domain:
 def _reachable(text: str, process: discover.Process) -> Domain:
     if not process.endpoints:
         raise NoSuchMonitor(
-            f"QEMU {process.describe()} has no QMP socket",
+            f"QEMU {process.name or process.program} (pid {process.pid}) has no QMP socket",
             address=text,
             hint="start it with -qmp unix:PATH,server=on,wait=off",
         )

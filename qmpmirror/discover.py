@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from glob import iglob
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _PROGRAM: Final = re.compile(r"(qemu-system-[\w-]+|qemu-kvm|kvm|qemu-storage-daemon)(\.\w+)?")
+_DAEMON: Final = "qemu-storage-daemon"
+_ON: Final = frozenset({"on", "yes", "true", "y"})
 _CONNECTED: Final = "03"
 _TCP_ESTABLISHED: Final = "01"
 
@@ -78,10 +81,22 @@ def processes() -> list[Process]:
 def is_taken(endpoint: Endpoint) -> bool:
     """Whether a client is connected to the endpoint, as the kernel's socket tables say."""
     if endpoint.path:
-        return any(state == _CONNECTED and path == endpoint.path for state, path in _unix_sockets())
+        return any(
+            state == _CONNECTED and _is_bound_to(endpoint.path, bound, inode)
+            for state, inode, bound in _unix_sockets()
+        )
     return any(
         state == _TCP_ESTABLISHED and port == endpoint.port for state, port in _tcp_sockets()
     )
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for its parent to notice."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return True
+    return stat.rpartition(")")[2].split()[0] in {"Z", "X"}
 
 
 def working_folder(pid: int | None) -> str | None:
@@ -114,6 +129,8 @@ def parse_command_line(argv: Sequence[str], cwd: Path) -> tuple[str, str, tuple[
     start = _program_index(argv)
     if start is None:
         return "", "", ()
+    program = Path(argv[start]).name
+    daemon = program.startswith(_DAEMON)
     name = ""
     chardevs: dict[str, Endpoint | None] = {}
     monitors: list[Endpoint | str | None] = []
@@ -126,13 +143,11 @@ def parse_command_line(argv: Sequence[str], cwd: Path) -> tuple[str, str, tuple[
         elif option == "chardev":
             parsed = _suboptions(value, implied="backend")
             chardevs[parsed.get("id", "")] = _chardev(parsed, cwd)
-        elif option in {"mon", "monitor"} and "chardev=" in value:
-            parsed = _suboptions(value, implied="chardev")
-            if parsed.get("mode", "control" if option == "monitor" else "readline") == "control":
-                monitors.append(parsed["chardev"])
+        elif option == ("monitor" if daemon else "mon"):
+            monitors.append(_monitor(value, default_mode="control" if daemon else "readline"))
     resolved = (chardevs.get(m) if isinstance(m, str) else m for m in monitors)
     endpoints = tuple(endpoint for endpoint in resolved if endpoint is not None)
-    return name, Path(argv[start]).name, endpoints
+    return name, program, endpoints
 
 
 def _read(folder: Path) -> Process | None:
@@ -171,8 +186,9 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _suboptions(value: str, implied: str) -> dict[str, str]:
     """``a,b=c`` as a dictionary; ``,,`` is a comma, and the first word may lack its key."""
     parsed: dict[str, str] = {}
-    for index, part in enumerate(re.split(r"(?<!,),(?!,)", value)):
-        key, equals, word = part.replace(",,", ",").partition("=")
+    # No command line has a NUL in it; of three commas the first two are the literal one.
+    for index, part in enumerate(value.replace(",,", "\0").split(",")):
+        key, equals, word = part.replace("\0", ",").partition("=")
         if equals:
             parsed[key] = word
         elif index == 0:
@@ -182,27 +198,31 @@ def _suboptions(value: str, implied: str) -> dict[str, str]:
     return parsed
 
 
-def _legacy_chardev(value: str, cwd: Path) -> Endpoint | None:
+def _monitor(value: str, default_mode: str) -> str | None:
+    """The chardev that ``-mon`` makes a QMP monitor of."""
+    parsed = _suboptions(value, implied="chardev")
+    return parsed.get("chardev") if parsed.get("mode", default_mode) == "control" else None
+
+
+def _legacy_chardev(value: str, cwd: Path) -> Endpoint | str | None:
+    """The endpoint that ``-qmp`` describes, or the id of the chardev that it names."""
     scheme, _, rest = value.partition(":")
     if scheme == "chardev":
-        return None
-    parsed = _suboptions(rest, implied="address")
-    address = parsed.get("address", parsed.get("path", ""))
-    if parsed.get("server", "off") != "on":
-        return None
+        return rest
     if scheme == "unix":
-        return Endpoint.unix(_socket_path(address, cwd))
+        return _chardev({"backend": "socket"} | _suboptions(rest, implied="path"), cwd)
     if scheme in {"tcp", "telnet"}:
-        host, _, port = address.rpartition(":")
-        return _tcp_endpoint(host, port)
+        parsed = {"backend": "socket"} | _suboptions(rest, implied="address")
+        parsed["host"], _, parsed["port"] = parsed.pop("address", "").rpartition(":")
+        return _chardev(parsed, cwd)
     return None
 
 
 def _chardev(parsed: dict[str, str], cwd: Path) -> Endpoint | None:
-    if parsed.get("backend") != "socket" or parsed.get("server", "off") != "on":
+    if parsed.get("backend") != "socket" or parsed.get("server") not in _ON:
         return None
     if "path" in parsed:
-        if parsed.get("abstract") == "on":
+        if parsed.get("abstract") in _ON:
             return Endpoint.unix("@" + parsed["path"])
         return Endpoint.unix(_socket_path(parsed["path"], cwd))
     return _tcp_endpoint(parsed.get("host", ""), parsed.get("port", ""))
@@ -218,11 +238,36 @@ def _tcp_endpoint(host: str, port: str) -> Endpoint | None:
     return Endpoint.tcp("localhost" if wildcard else host, int(port)) if port.isdecimal() else None
 
 
-def _unix_sockets() -> Iterator[tuple[str, str]]:
+def _is_bound_to(path: str, bound: str, inode: str) -> bool:
+    """Whether a socket is at ``path``; the kernel remembers the words that it was bound by."""
+    if bound == path:
+        return True
+    if bound.startswith("@") or os.path.basename(bound) != os.path.basename(path):
+        return False
+    folder = "/" if os.path.isabs(bound) else _folder_of_socket(inode)
+    if folder is None:
+        return path.endswith(f"/{os.path.normpath(bound)}")
+    return os.path.realpath(os.path.join(folder, bound)) == os.path.realpath(path)
+
+
+def _folder_of_socket(inode: str) -> str | None:
+    """The working folder of the process that holds a socket; None when it cannot be known."""
+    for link in iglob("/proc/[0-9]*/fd/*"):
+        try:
+            found = os.readlink(link) == f"socket:[{inode}]"
+        except OSError:  # closed meanwhile
+            continue
+        if found:
+            return working_folder(int(link.split("/")[2]))
+    return None
+
+
+def _unix_sockets() -> Iterator[tuple[str, str, str]]:
+    """State, inode and name of every socket that has a name."""
     for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]:
         fields = line.split(maxsplit=7)
         if len(fields) == 8:  # noqa: PLR2004 - the eighth column is the path
-            yield fields[5], fields[7]
+            yield fields[5], fields[6], fields[7]
 
 
 def _tcp_sockets() -> Iterator[tuple[str, int]]:

@@ -87,8 +87,7 @@ async def read(monitor: Monitor, graph: Graph, folder: str | None) -> list[Disk]
     """
     found = [_from_drive(drive, graph, folder) for drive in graph.drives]
     prefixes = await asyncio.gather(*(_prefix(monitor, disk) for disk in found))
-    attached = _with_targets(found, prefixes)
-    used = {disk.node for disk in attached}
+    used = {disk.node for disk in found}
     loose = [
         Disk(
             node=node.name,
@@ -97,13 +96,13 @@ async def read(monitor: Monitor, graph: Graph, folder: str | None) -> list[Disk]
             qom_path="",
             target="",
             image=graph.image(node.name),
-            path=_path(graph, node.name, folder),
+            path=path_of(graph, node.name, folder),
             storage_type=_storage_type(graph, node.name),
         )
         for node in graph.nodes.values()
         if _is_loose(graph, node, used)
     ]
-    return attached + loose
+    return _with_targets(found, prefixes, loose) + loose
 
 
 def find(disks: Iterable[Disk], name: str) -> Disk:
@@ -119,7 +118,7 @@ def find(disks: Iterable[Disk], name: str) -> Disk:
     disks = list(disks)
     real = os.path.realpath(name) if "/" in name else ""
     kinds = (
-        lambda disk: name in {disk.device, disk.drive, disk.node, disk.qom_path},
+        lambda disk: name in {disk.device, disk.drive, disk.node, *_qom_paths(disk)},
         lambda disk: disk.image is not None and name == disk.image.name,
         lambda disk: bool(real) and real == os.path.realpath(disk.path),
         lambda disk: name == disk.target,
@@ -157,13 +156,14 @@ def _from_drive(drive: Mapping[str, Any], graph: Graph, folder: str | None) -> D
         qom_path=qom_path,
         target="",
         image=graph.image(node) if known else None,
-        path=_path(graph, node, folder) if known else "",
+        path=path_of(graph, node, folder) if known else "",
         removable=drive["removable"],
         storage_type=_storage_type(graph, node) if known else "file",
     )
 
 
-def _path(graph: Graph, root: str, folder: str | None) -> str:
+def path_of(graph: Graph, root: str, folder: str | None) -> str:
+    """Where the image at or below a node is: an absolute path if possible, else a URL."""
     image = graph.image(root).name
     path = graph.path(image)
     if path:
@@ -212,10 +212,10 @@ async def _qom_get(monitor: Monitor, path: str, name: str) -> object:
     return reply
 
 
-def _with_targets(disks: list[Disk], prefixes: list[str]) -> list[Disk]:
+def _with_targets(disks: list[Disk], prefixes: list[str], loose: list[Disk]) -> list[Disk]:
     """Number the disks of each bus; a name that is another disk's id is left to that disk."""
     counts: dict[str, int] = {}
-    taken = {name: disk for disk in disks for name in (disk.device, disk.drive) if name}
+    taken = {name: disk for disk in disks + loose for name in _ids(disk)}
     named = []
     for disk, prefix in zip(disks, prefixes, strict=True):
         target = ""
@@ -227,6 +227,16 @@ def _with_targets(disks: list[Disk], prefixes: list[str]) -> list[Disk]:
             target = ""
         named.append(attrs.evolve(disk, target=target))
     return named
+
+
+def _qom_paths(disk: Disk) -> tuple[str, str]:
+    """As QEMU gives it, and without the part of a virtio device that owns the drive."""
+    return disk.qom_path, disk.qom_path.removesuffix("/virtio-backend")
+
+
+def _ids(disk: Disk) -> set[str]:
+    """The names that count before target names when a disk is looked up."""
+    return {disk.device, disk.drive, disk.node, disk.image.name if disk.image else ""} - {""}
 
 
 def _target(prefix: str, number: int) -> str:

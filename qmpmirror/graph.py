@@ -216,6 +216,10 @@ class Graph:
             found.extend(user.name for user in users if user.kind == "block-job")
         return list(dict.fromkeys(found))
 
+    def is_used(self, root: str) -> bool:
+        """Whether a device or an export uses a root node on which no job runs."""
+        return any(user.kind == "block-backend" for user in self.users.get(root, ()))
+
     def is_root(self, name: str) -> bool:
         """Whether no node has this one as a child; a job's own filter does not count."""
         return all(parent.driver in JOB_FILTERS for parent in self.parents(name))

@@ -12,6 +12,7 @@ import attrs
 
 from qmpmirror import errors
 from qmpmirror.life import IllegalTransitionError, Life
+from qmpmirror.monitor import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -125,12 +126,15 @@ class Job:
         id: its job id.
         life: its state machine.
         io_errors: how many ``BLOCK_JOB_ERROR`` events came.
+        error: why it failed, as ``BLOCK_JOB_COMPLETED`` says: ``query-jobs`` says it better, unless
+            somebody else has dismissed the job.
     """
 
     monitor: Monitor
     id: str
     life: Life = attrs.field(factory=Life)
     io_errors: int = attrs.field(default=0, init=False)
+    error: str = attrs.field(default="", init=False)
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
     _unsubscribe: Callable[[], None] | None = attrs.field(default=None, init=False)
 
@@ -223,7 +227,7 @@ class Job:
     async def _pause(self, seconds: float) -> bool:
         """Wait for a change; False when none came in time."""
         try:
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            await within(seconds, self._changed.wait())
         except asyncio.TimeoutError:
             return False
         self._changed.clear()
@@ -238,6 +242,8 @@ class Job:
             return
         elif event.name == "BLOCK_JOB_CANCELLED":
             self.life.cancelled = True
+        elif event.name == "BLOCK_JOB_COMPLETED":
+            self.error = event.data.get("error", "")
         elif event.name == "BLOCK_JOB_ERROR":
             self.io_errors += 1
             return  # they come by the ten thousand: nobody needs to wake up for each
@@ -256,6 +262,7 @@ class Job:
             return
         resumed = Life.resume(status, self.life.asked, mirrored=self.life.mirrored)
         resumed.cancelled = self.life.cancelled
+        resumed.aborting |= self.life.aborting
         self.life = resumed
         self._changed.set()
 

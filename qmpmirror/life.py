@@ -34,7 +34,7 @@ _FOLLOWERS: Final[Mapping[str, frozenset[str]]] = {
     "null": frozenset(),
 }
 _AFTER_READY: Final = frozenset({"ready", "standby"})
-_LEAVING: Final = frozenset({"waiting", "pending", "aborting", "concluded"})
+_LEAVING: Final = frozenset({"waiting", "pending", "aborting", "concluded", "null"})
 
 
 class Ending(enum.Enum):
@@ -94,6 +94,8 @@ class Life:
         status: QEMU's last job status.
         asked: the ending that was asked for, if any.
         mirrored: whether the mirroring phase was reached: only then is a soft cancel consistent.
+        aborting: whether QEMU was seen to give the job up. It has failed then, or was cancelled by
+            force, even if somebody else has dismissed it and its error is lost.
         cancelled: whether QEMU said that the job was cancelled by force.
     """
 
@@ -101,12 +103,14 @@ class Life:
     status: str = "undefined"
     asked: Ending | None = None
     mirrored: bool = False
+    aborting: bool = False
     cancelled: bool = False
 
     @classmethod
     def resume(cls, status: str, asked: Ending | None = None, *, mirrored: bool = False) -> Life:
         """The life of a job that was found at ``status``, its earlier events unseen."""
         life = cls(status=status, asked=asked)
+        life.aborting = status == "aborting"
         life.mirrored = mirrored or status in _AFTER_READY | {"waiting", "pending"}
         if asked is not None:
             life.phase = _ENDING_PHASES[asked]
@@ -135,6 +139,7 @@ class Life:
                 f"{status} cannot follow {self.status} ({self.phase.value})"
             )
         self.status = status
+        self.aborting |= status == "aborting"
         if status == "ready":
             self.mirrored = True
             if self.phase is Phase.COPYING:
@@ -188,12 +193,12 @@ class Life:
         elif self.cancelled or error == CANCELLED:
             self.cancelled = True
             self.phase = Phase.ABORTED
-        elif error:
+        elif error or self.aborting:
             self.phase = Phase.FAILED
-        elif self.asked is Ending.ABORT:
-            self.phase = Phase.ABORTED
         else:
-            self.phase = Phase.FINISHED
+            # Only in the mirroring phase does a cancel give no error.
+            self.mirrored = True
+            self.phase = Phase.ABORTED if self.asked is Ending.ABORT else Phase.FINISHED
         return self.phase
 
     def lose(self) -> None:

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from qmpmirror import address, discover, disks, graph, schema
+from qmpmirror import address, discover, disks, graph, schema, stats
 from qmpmirror.connection import CONNECT_SECONDS, open_monitor
 from qmpmirror.job import JobInfo, block_jobs
 from qmpmirror.monitor import Monitor, Transcript
-from qmpmirror.operations import blockcopy
+from qmpmirror.operations import blockcopy, blockjob, recover
 from qmpmirror.operations.options import BLOCKDEV_MIRROR, Options
+from qmpmirror.operations.recover import Way
 
 if TYPE_CHECKING:
     import os
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from qmpmirror.graph import Graph
     from qmpmirror.operations.blockcopy import Plan
     from qmpmirror.operations.copy import Copy
+    from qmpmirror.operations.handle import BlockJob
+    from qmpmirror.operations.recover import Finding
     from qmpmirror.schema import Schema
+    from qmpmirror.stats import Sizes, Traffic
 
 __all__: Final = ["Machine", "connect"]
 
@@ -93,9 +96,32 @@ class Machine:
         """
         return disks.find(await self.disks(), name)
 
+    async def sizes(self, disk: Disk) -> Sizes:
+        """Capacity, allocation and physical size of a disk, in bytes (``query-blockstats``)."""
+        return await stats.sizes(self.monitor, await self.graph(), disk)
+
+    async def traffic(self, disks: list[Disk]) -> Traffic:
+        """What the guest has read and written on these disks together (``query-blockstats``)."""
+        return sum(await stats.traffic(self.monitor, disks), stats.Traffic())
+
     async def jobs(self) -> list[JobInfo]:
         """All block jobs, concluded ones included (``query-block-jobs``)."""
         return await block_jobs(self.monitor)
+
+    async def blockjob(self, disk: str) -> BlockJob | None:
+        """The block job on a disk, whoever has started it; None when there is none.
+
+        Args:
+            disk: as for `disk`.
+
+        Returns:
+            A `Copy`, with all its endings, for a job of ours; else a `BlockJob`.
+        """
+        return await blockjob.attach(self.monitor, await self.schema(), disk)
+
+    async def recover(self, way: Way = Way.LEAVE, *, dry_run: bool = False) -> list[Finding]:
+        """Finish or undo what interrupted runs have left; see `operations.recover.recover`."""
+        return await recover.recover(self.monitor, await self.schema(), way, dry_run=dry_run)
 
     async def blockcopy(
         self,
@@ -174,15 +200,14 @@ class _Connecting:
     _text: str
     _seconds: float
     _transcript: str | os.PathLike[str] | None
-    _exit: AsyncExitStack = attrs.field(factory=AsyncExitStack, init=False)
+    _machine: Machine | None = attrs.field(default=None, init=False)
 
     def __await__(self) -> Generator[object, None, Machine]:
-        return self._open(self._exit).__await__()
+        return self._open().__await__()
 
     async def __aenter__(self) -> Machine:
-        machine = await self._open(self._exit)
-        self._exit.push_async_callback(machine.close)
-        return machine
+        self._machine = await self._open()
+        return self._machine
 
     async def __aexit__(
         self,
@@ -190,15 +215,19 @@ class _Connecting:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._exit.aclose()
+        if self._machine is not None:
+            await self._machine.close()
 
-    async def _open(self, stack: AsyncExitStack) -> Machine:
+    async def _open(self) -> Machine:
         domain = address.resolve(self._text)
-        transcript = None
-        if self._transcript is not None:
-            file = open(self._transcript, "w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - closed by the stack
-            transcript = Transcript(stack.enter_context(file))
-        return Machine(await open_monitor(domain, seconds=self._seconds, transcript=transcript))
+        transcript = None if self._transcript is None else Transcript.open(self._transcript)
+        try:
+            monitor = await open_monitor(domain, seconds=self._seconds, transcript=transcript)
+        except BaseException:
+            if transcript is not None:
+                transcript.close()
+            raise
+        return Machine(monitor)
 
 
 def connect(

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
 import attrs
 from qemu.qmp import (
@@ -28,11 +28,14 @@ from qemu.qmp import (
 from qmpmirror import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    import os
+    from collections.abc import Callable, Coroutine, Mapping
 
     from qemu.qmp import Message
 
 log = logging.getLogger("qmpmirror.monitor")
+
+T = TypeVar("T")
 
 QUERY_SECONDS: Final = 60.0
 """How long a command that changes nothing may take."""
@@ -42,6 +45,29 @@ CHANGE_SECONDS: Final = 600.0
 
 MAX_REPLY: Final = 64 * 1024 * 1024
 """Bytes; a longer reply would end the connection."""
+
+
+async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.wait_for`, which before Python 3.12 can swallow a cancellation: Ctrl-C, for one.
+
+    Args:
+        seconds: the deadline.
+        work: what to wait for; cancelled when it is not done in time.
+
+    Raises:
+        asyncio.TimeoutError: it was not.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # it counts as seen, should the wait have been cancelled
 
 
 class Client(QMPClient):
@@ -94,8 +120,26 @@ class Transcript:
     _file: TextIO
     _start: float = attrs.field(factory=time.monotonic)
 
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Transcript:
+        """A transcript in a file of its own.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        try:
+            return cls(open(path, "w", encoding="utf-8"))
+        except OSError as error:
+            raise errors.UsageError(f"transcript {path}: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Close the file; what passes later is not written."""
+        self._file.close()
+
     def write(self, direction: str, message: Mapping[str, Any], serial: int | None = None) -> None:
         """Add a line, at once."""
+        if self._file.closed:
+            return
         line: dict[str, Any] = {
             "time": round(time.monotonic() - self._start, 6),
             "direction": direction,
@@ -116,6 +160,7 @@ class Monitor:
         address: how the user would reach it again, for messages.
         pid: the process behind a unix socket, if known.
         owned: whether `close()` disconnects the client.
+        transcript: where everything that passes is written; `close()` closes it.
         loss: why the connection ended; None while it stands.
     """
 
@@ -165,7 +210,7 @@ class Monitor:
         serial = self._serial
         self._record("sent", _message(command, arguments), serial)
         try:
-            reply = await asyncio.wait_for(self.client.execute(command, arguments), seconds)
+            reply = await within(seconds, self.client.execute(command, arguments))
         except asyncio.TimeoutError:
             raise errors.CommandTimeout(command, seconds) from None
         except ExecuteError as error:
@@ -205,6 +250,8 @@ class Monitor:
             # disconnect() raises whatever ended the connection; here it has ended anyway.
             with suppress(QMPError, OSError, EOFError, ValueError, asyncio.TimeoutError):
                 await asyncio.wait_for(self.client.disconnect(), 5)
+        if self.transcript is not None:
+            self.transcript.close()
 
     def _hand_out(self, message: Message) -> bool:
         self._record("received", dict(message))

@@ -12,9 +12,10 @@ node      ``qmpmirror-RUN-ROLE``                       31 characters (QEMU)
 bitmap    ``qmpmirror-RUN-MARK``                       1023 characters (qcow2)
 ========  ===========================================  ==================================
 
-FLAGS are letters (`Flag`). SOURCE is the name of the source's image node, or the path of a file
-that is being created; a character that QEMU does not allow in a job id is written as ``_`` and two
-hexadecimal digits.
+FLAGS are letters (`Flag`). SOURCE is the name of the source's image node, then those of the other
+nodes that a pivot makes superfluous, with ``_.`` between; or the path of a file that is being
+created. A character that QEMU does not allow in a job id is written as ``_`` and two hexadecimal
+digits.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import attrs
 
 PREFIX = "qmpmirror-"
 RUN_LENGTH = 8
+_SEPARATOR = "_."
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _RUN = f"[{_ALPHABET}]{{{RUN_LENGTH}}}"
 _JOB = re.compile(rf"{PREFIX}(?P<verb>[a-z]+)-(?P<run>{_RUN})-(?P<flags>[a-z]*)-(?P<source>.*)")
@@ -41,6 +43,8 @@ class Flag(enum.Enum):
     LATE_CHAIN = "l"
     CREATED = "c"
     DRIVE_MIRROR = "d"
+    THEN_PIVOT = "p"
+    THEN_FINISH = "k"
 
 
 class Mark(enum.Enum):
@@ -62,16 +66,20 @@ class JobName:
         flags: what else the name remembers.
         source: name of the node that was the image under the guest device at the start; for
             ``create`` the path of the file.
+        replaced: the other nodes that a pivot makes superfluous, top down: once the first is
+            deleted, the graph does not tell any more which they are.
     """
 
     verb: str
     run: str
     flags: frozenset[Flag]
     source: str
+    replaced: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         letters = "".join(flag.value for flag in Flag if flag in self.flags)
-        return f"{PREFIX}{self.verb}-{self.run}-{letters}-{_encode(self.source)}"
+        nodes = _SEPARATOR.join(map(_encode, (self.source, *self.replaced)))
+        return f"{PREFIX}{self.verb}-{self.run}-{letters}-{nodes}"
 
 
 def created_file(run: str, path: str, *, ours: bool) -> JobName:
@@ -106,7 +114,8 @@ def parse_job(job_id: str) -> JobName | None:
         return None
     known = {flag.value: flag for flag in Flag}
     flags = frozenset(known[letter] for letter in match["flags"] if letter in known)
-    return JobName(match["verb"], match["run"], flags, _decode(match["source"]))
+    source, *replaced = map(_decode, match["source"].split(_SEPARATOR))
+    return JobName(match["verb"], match["run"], flags, source, tuple(replaced))
 
 
 def parse_node(name: str) -> tuple[str, str] | None:

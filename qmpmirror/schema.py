@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -54,14 +55,14 @@ class Schema:
     def has_argument(self, command: str, argument: str) -> bool:
         """Whether the command takes the argument, at its top level."""
         return self.has_command(command) and argument in self._members(
-            self._entities[self._entities[command]["arg-type"]], None
+            self._entities[self._entities[command]["arg-type"]]
         )
 
     def values(self, command: str, argument: str) -> frozenset[str]:
         """The values of an argument that is an enumeration; empty when it is none."""
         if not self.has_argument(command, argument):
             return frozenset()
-        members = self._members(self._entities[self._entities[command]["arg-type"]], None)
+        members = self._members(self._entities[self._entities[command]["arg-type"]])
         return _enum_values(self._entities[members[argument]["type"]])
 
     def creatable_drivers(self) -> frozenset[str]:
@@ -69,17 +70,22 @@ class Schema:
         options = self._creation_options()
         if options is None:
             return frozenset()
-        return frozenset(variant["case"] for variant in options["variants"])
+        # A driver that cannot create images is there too, with no member of its own.
+        return frozenset(
+            variant["case"]
+            for variant in options["variants"]
+            if self._members(self._entities[variant["type"]])
+        )
 
     def has_creation_option(self, driver: str, option: str) -> bool:
         """Whether ``blockdev-create`` takes an option for a driver."""
         options = self._creation_options()
-        return options is not None and option in self._members(options, driver)
+        return options is not None and option in self._members(options, {options["tag"]: driver})
 
     def _creation_options(self) -> Mapping[str, Any] | None:
         if not self.has_argument("blockdev-create", "options"):
             return None
-        members = self._members(self._entities[self._entities["blockdev-create"]["arg-type"]], None)
+        members = self._members(self._entities[self._entities["blockdev-create"]["arg-type"]])
         return self._entities[members["options"]["type"]]
 
     def check(self, command: str, arguments: Mapping[str, Any]) -> None:
@@ -103,7 +109,7 @@ class Schema:
             for item in value:
                 self._check(self._entities[entity["element-type"]], item, command, path)
         elif kind == "enum":
-            if value not in _enum_values(entity):
+            if not isinstance(value, str) or value not in _enum_values(entity):
                 raise _bad_value(command, path, value)
         elif kind == "alternate":
             self._check_alternate(entity, value, command, path)
@@ -114,7 +120,7 @@ class Schema:
         if not isinstance(value, dict):
             raise _bad_value(command, path, value)
         tag = value.get(entity.get("tag", ""))
-        members = self._members(entity, tag)
+        members = self._members(entity, value)
         if "tag" in entity and tag is not None:
             discriminator = self._entities[members[entity["tag"]]["type"]]
             self._check(discriminator, tag, command, _join(path, entity["tag"]))
@@ -148,11 +154,14 @@ class Schema:
         # The branch that understood most is the one that the caller meant.
         raise max(refusals, key=lambda refusal: refusal.argument.count("."))
 
-    def _members(self, entity: Mapping[str, Any], tag: object) -> dict[str, Mapping[str, Any]]:
+    def _members(
+        self, entity: Mapping[str, Any], value: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Mapping[str, Any]]:
+        """The members of an object; those of a union's branch too when ``value`` has its tag."""
         members = {member["name"]: member for member in entity.get("members", ())}
         for variant in entity.get("variants", ()):
-            if variant["case"] == tag:
-                members |= self._members(self._entities[variant["type"]], None)
+            if variant["case"] == value.get(entity["tag"]):
+                members |= self._members(self._entities[variant["type"]], value)
         return members
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
@@ -107,7 +106,7 @@ class CreateImage:
             CommandFailed: with the job's error as reason, if it failed.
         """
         if self.makes_file:
-            undo.callback(remove_file, self.makes_file)
+            undo.callback(_discard, self.makes_file)
         undo.push_async_callback(cancel_job, monitor, self.job_id)
         (create,) = self.commands()
         with Job(monitor, self.job_id) as job:
@@ -179,7 +178,20 @@ async def cancel_job(monitor: Monitor, job_id: str) -> None:
         await job.dismiss()
 
 
-def remove_file(path: str) -> None:
-    """Remove a file that this run created; fine if it is gone, or never came into being."""
-    with suppress(FileNotFoundError):
+def remove_file(path: str) -> bool:
+    """Remove a file that this run created; False if it is gone, or never came into being."""
+    try:
         os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _discard(path: str) -> None:
+    """Remove a file while an error is under way, which must not be hidden by another one."""
+    try:
+        remove_file(path)
+    except OSError as error:
+        # A read-only file system says so even of a file that is not there.
+        if os.path.lexists(path):
+            log.warning("%s could not be removed: %s", path, error.strerror)

@@ -164,7 +164,7 @@ def creation(
     steps: list[Step] = []
     storage = names.node_name(run, "storage")
     if not sees_our_files:
-        steps.append(ProveAbsent(destination.path, storage))
+        steps.append(ProveAbsent(destination.path, names.node_name(run, "probe")))
     # A file that only QEMU sees is not ours to remove by its path.
     ours = sees_our_files and not destination.exists
     headerless = destination.format == _HEADERLESS
@@ -249,6 +249,9 @@ def _format_options(
         options["cluster-size"] = layout.cluster_size
     if layout.extended_l2:
         options["extended-l2"] = True
+    if destination.format == "vpc":
+        # Else the size must be one that a CHS geometry can express, and few are.
+        options["force-size"] = True
     if layout.backing_file:
         options["backing-file"] = layout.backing_file
         if schema.has_creation_option(destination.format, "backing-fmt"):

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "blockcopy": ("blockcopy", "copy a disk under the live guest; pivot to the copy or keep it"),
+    "blockjob": ("blockjob", "see, steer and end the block job of a disk"),
+    "recover": ("recover", "finish or undo what an interrupted run has left"),
+    "list": ("list", "list the running QEMUs that have a QMP socket"),
     "domblklist": ("domblklist", "list the disks of a running QEMU"),
+    "domblkinfo": ("domblkinfo", "show the sizes of a disk"),
+    "domblkstat": ("domblkstat", "show what the guest has read and written"),
 }
 """Command → module of this folder, and what it does in a few words."""
 

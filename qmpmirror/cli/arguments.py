@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from qmpmirror.cli.exits import Exit
@@ -13,6 +14,7 @@ from qmpmirror.cli.exits import Exit
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_WIDTH: Final = 79
 _MIB: Final = 1024 * 1024
 _SUFFIXES: Final = "kmgtpe"
 _SIZE: Final = re.compile(rf"(-?\d+)\s*(?:([{_SUFFIXES}])(ib|b)?|(b))?", re.IGNORECASE)
@@ -28,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, summary: str, example: str) -> None:
         super().__init__(
             prog=f"qmpmirror {command}",
-            description=summary,
+            description=textwrap.fill(summary, _WIDTH),
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -57,10 +59,11 @@ class Parser(argparse.ArgumentParser):
         """Parse a command's words; exits with code 2 when they make no sense."""
         for name, text, _ in self._named:
             self.add_argument(f"--{name}", metavar=name.upper(), help=text)
-        names = " ".join(f"[{name}]" if not needed else name for name, _, needed in self._named)
-        self.add_argument("words", nargs="*", metavar=names, help="the same, in this order")
+        if self._named:
+            names = " ".join(name if needed else f"[{name}]" for name, _, needed in self._named)
+            self.add_argument("words", nargs="*", metavar=names, help="the same, in this order")
         parsed = self.parse_intermixed_args(list(argv))
-        words = list(parsed.words)
+        words = list(vars(parsed).pop("words", ()))
         for name, _, _ in self._named:
             if words and getattr(parsed, name) is None:
                 setattr(parsed, name, words.pop(0))
@@ -69,7 +72,6 @@ class Parser(argparse.ArgumentParser):
         for name, _, required in self._named:
             if required and getattr(parsed, name) is None:
                 self.error(f"--{name} is missing")
-        del parsed.words
         return parsed
 
     def error(self, message: str) -> NoReturn:
@@ -89,7 +91,7 @@ def bandwidth(text: str, *, in_bytes: bool) -> int:
     """
     value = size(text, default=1 if in_bytes else _MIB, what="bandwidth")
     if not 0 <= value <= _MAX_INT64:
-        raise ValueError(f"bandwidth {text!r} is out of range: give 0 (no limit) to 8E")
+        raise ValueError(f"bandwidth {text!r} is out of range: give 0 (no limit) to 7E")
     return value
 
 

@@ -48,6 +48,9 @@ def _add_virsh_options(made: words.Parser) -> None:
     }
     for flag, text in flags.items():
         group.add_argument(flag, action="store_true", help=text)
+    group.add_argument(
+        "--async", dest="async_", action="store_true", help="do not wait for the ending itself"
+    )
     group.add_argument("--format", metavar="FORMAT", help="of the copy (default: the source's)")
     group.add_argument("--granularity", metavar="BYTES", help="of the dirty bitmap, a power of two")
     group.add_argument("--buf-size", metavar="BYTES", help="how much is in flight at once")
@@ -90,8 +93,9 @@ def main(argv: Sequence[str]) -> int:
     made = parser()
     arguments = made.parse(argv)
     arguments.wait |= bool(arguments.pivot or arguments.finish or arguments.timeout)
-    if arguments.verbose and not arguments.wait:
-        made.error("--verbose requires at least one of --timeout, --wait, --pivot, or --finish")
+    for given, flag in ((arguments.verbose, "--verbose"), (arguments.async_, "--async")):
+        if given and not arguments.wait:
+            made.error(f"{flag} requires at least one of --timeout, --wait, --pivot, or --finish")
     options = _options(made, arguments)
     output = Output(as_json=arguments.json, label="Block Copy")
     from qmpmirror.cli.copying import copy_disk  # noqa: PLC0415 - brings asyncio and qemu.qmp
@@ -116,6 +120,7 @@ def _options(made: words.Parser, arguments: argparse.Namespace) -> Options:
             via=arguments.via,
             on_error=arguments.on_error,
             safe_start=not arguments.no_safe_start,
+            then="pivot" if arguments.pivot else "finish" if arguments.finish else "",
         )
     except ValueError as error:
         made.error(str(error))

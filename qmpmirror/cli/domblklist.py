@@ -22,6 +22,9 @@ def parser() -> Parser:
     )
     made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
     made.add_argument("--details", action="store_true", help="add the columns Type and Device")
+    made.add_argument(
+        "--chain", action="store_true", help="draw the backing chains, running copies included"
+    )
     made.add_common()
     return made
 
@@ -36,20 +39,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def _list(arguments: argparse.Namespace, output: Output) -> int:
-    from qmpmirror.machine import connect  # noqa: PLC0415 - brings qemu.qmp
+    from qmpmirror.cli.chains import draw  # noqa: PLC0415 - only here
+    from qmpmirror.cli.run import open_machine  # noqa: PLC0415 - brings asyncio
 
-    async with connect(
-        arguments.domain, timeout=arguments.connect_timeout, transcript=arguments.transcript
-    ) as vm:
+    async with await open_machine(arguments) as vm:
+        graph = await vm.graph()
         disks = await vm.disks()
     for disk in disks:
-        output.event("disk", **_fields(disk))
+        chain = (
+            [graph.location(image.name) for image in graph.chain(disk.node)] if disk.node else []
+        )
+        output.event("disk", **_fields(disk), chain=chain)
     output.event("result", outcome="done", exit=0)
     if arguments.details:
         rows = [(disk.storage_type, _device(disk), disk.name, _source(disk)) for disk in disks]
         output.say(table(("Type", "Device", "Target", "Source"), rows) + "\n")
-    else:
+    elif not arguments.chain:
         output.say(table(("Target", "Source"), [(d.name, _source(d)) for d in disks]) + "\n")
+    if arguments.chain:
+        output.say(draw(graph, disks) + "\n")
     return 0
 
 

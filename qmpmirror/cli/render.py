@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qmpmirror.operations.copy import Progress
+    from qmpmirror.operations.handle import Progress
 
 _PLAIN_SECONDS: Final = 10.0
 _STEP: Final = 1024
@@ -36,24 +37,24 @@ class Output:
         """A message of virsh's, on stdout."""
         self.end_line()
         if not self.as_json:
-            print(message, flush=True)
+            _write(message + "\n", sys.stdout)
 
     def note(self, message: str) -> None:
         """Something beyond virsh, on stderr."""
         self.end_line()
         if not self.as_json:
-            print(message, file=sys.stderr, flush=True)
+            _write(message + "\n", sys.stderr)
 
     def error(self, message: str) -> None:
         """An error, on stderr."""
         self.end_line()
         if not self.as_json:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            _write(f"error: {message}\n", sys.stderr)
 
     def event(self, event: str, **fields: Any) -> None:
         """An object for programs, on stdout."""
         if self.as_json:
-            print(json.dumps({"event": event, **fields}), flush=True)
+            _write(json.dumps({"event": event, **fields}) + "\n", sys.stdout)
 
     def progress(self, progress: Progress) -> None:
         """One line that is drawn over again on a terminal; plain lines now and then elsewhere."""
@@ -61,16 +62,16 @@ class Output:
             return
         line = f"{self._label}: [{progress.percent:5.2f} %]{_details(progress)}"
         if sys.stderr.isatty():
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+            _write(f"\r{line}\x1b[K", sys.stderr)
             self._line_open = True
         elif time.monotonic() >= self._plain_next or progress.percent == 100:  # noqa: PLR2004
-            print(line, file=sys.stderr, flush=True)
+            _write(line + "\n", sys.stderr)
             self._plain_next = time.monotonic() + _PLAIN_SECONDS
 
     def end_line(self) -> None:
         """Leave the progress line behind."""
         if self._line_open:
-            print(file=sys.stderr, flush=True)
+            _write("\n", sys.stderr)
             self._line_open = False
 
 
@@ -85,10 +86,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def human_size(number: float) -> str:
     """Bytes with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < _STEP:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        shown = f"{number:.0f}" if unit == "B" else f"{number:.1f}"
+        if float(shown) < _STEP:
+            return f"{shown} {unit}"
         number /= _STEP
     return f"{number:.1f} TiB"
+
+
+def _write(text: str, stream: TextIO) -> None:
+    """Write at once. That nobody reads any more must not keep a copy from its end."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -11,9 +11,11 @@ from qmpmirror import errors
 from qmpmirror.cli.exits import Exit, exit_code
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Coroutine
 
     from qmpmirror.cli.render import Output
+    from qmpmirror.machine import Machine
 
 T = TypeVar("T")
 
@@ -28,18 +30,25 @@ class Interrupts:
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
         self._pending = False
+        self._takes_back = False
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupt)
 
-    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+    async def guard(self, work: Coroutine[Any, Any, T], *, takes_back: bool = False) -> T:
         """Wait for ``work``; a signal cancels it.
+
+        Args:
+            work: what is to be done.
+            takes_back: whether ``work`` takes back what it has done when it is cancelled: then a
+                second signal does not cut that short.
 
         Raises:
             Interrupted: a signal came. ``work`` has been cancelled and has cleaned up.
         """
         task: asyncio.Task[T] = asyncio.create_task(work)
         self._task = task
+        self._takes_back = takes_back
         if self._pending:
             task.cancel()
         try:
@@ -53,9 +62,18 @@ class Interrupts:
             self._task = None
 
     def _interrupt(self) -> None:
-        self._pending = True
-        if self._task is not None:
+        repeated, self._pending = self._pending, True
+        if self._task is not None and not (repeated and self._takes_back):
             self._task.cancel()
+
+
+async def open_machine(arguments: argparse.Namespace) -> Machine:
+    """Connect as a command's common arguments say."""
+    from qmpmirror.machine import connect  # noqa: PLC0415 - brings qemu.qmp
+
+    return await connect(
+        arguments.domain, timeout=arguments.connect_timeout, transcript=arguments.transcript
+    )
 
 
 def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], output: Output) -> int:
@@ -66,7 +84,7 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], output: Outpu
 
     try:
         return asyncio.run(guarded())
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):  # the latter before or after the loop takes signals
         output.error("interrupted")
         output.event("result", outcome="interrupted", exit=int(Exit.FAILED))
         return Exit.FAILED

@@ -121,6 +121,7 @@ async def plan(
     backing = source.child("backing") if options.shallow else ""
     new_format = options.format or source.driver
     _check_shallow(disk, backing, new_format, options)
+    _check_used(picture, disk, options)
     new = target.check(
         _absolute(destination),
         new_format,
@@ -131,7 +132,8 @@ async def plan(
     layout = target.Layout.of(source, new_format)
     if backing:
         layout = layout.on(picture, backing, folder)
-    job = _name_job(source.name, new, shallow=bool(backing), via=options.via)
+    replaced = picture.replaced_by_pivot(source.name, whole_chain=not backing)
+    job = _name_job(source.name, replaced, new, options, shallow=bool(backing))
     create = _preparation(job, new, layout, source, schema, sees_our_files=sees_our_files)
     result = Plan(
         disk=disk,
@@ -142,7 +144,7 @@ async def plan(
         prepare=create.steps,
         last=create.last,
         mirror=_mirror(job, disk, new, options, schema),
-        replaced=tuple(picture.replaced_by_pivot(source.name, whole_chain=not backing)),
+        replaced=tuple(replaced),
         stops_vcpus=options.safe_start and await _misses_writes_at_start(monitor, schema),
     )
     foreseen = [command for ending in Ending for command in result.ending_commands(ending)]
@@ -185,6 +187,7 @@ async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
         name=plan.job,
         disk=plan.disk,
         destination=plan.destination.path,
+        format=plan.destination.format,
         backing=plan.backing,
     )
 
@@ -220,6 +223,15 @@ def _check_shallow(disk: Disk, backing: str, new_format: str, options: Options) 
         )
 
 
+def _check_used(picture: Graph, disk: Disk, options: Options) -> None:
+    if options.via == DRIVE_MIRROR and not disk.qom_path and not picture.is_used(disk.node):
+        # The target of a drive-mirror is the job's alone: after a pivot nobody would hold it.
+        raise errors.Refused(
+            f"drive-mirror of node {disk.node}, which nothing uses, would lose the copy in a pivot",
+            hint="use blockdev-mirror",
+        )
+
+
 def _absolute(path: str) -> str:
     if not path or "\0" in path:
         raise errors.UsageError(f"destination {path!r} is no path")
@@ -230,13 +242,18 @@ def _resolved(path: str, folder: str | None) -> str:
     return os.path.join(folder or "", path) if path else ""
 
 
-def _name_job(source: str, new: target.Destination, *, shallow: bool, via: str) -> names.JobName:
+def _name_job(
+    source: str, replaced: list[str], new: target.Destination, options: Options, *, shallow: bool
+) -> names.JobName:
     flags = {Flag.SHALLOW if shallow else Flag.FULL}
     if not new.exists:
         flags.add(Flag.CREATED)
-    if via == DRIVE_MIRROR:
+    if options.via == DRIVE_MIRROR:
         flags.add(Flag.DRIVE_MIRROR)
-    return names.JobName("copy", names.new_run(), frozenset(flags), source)
+    if options.then:
+        flags.add(Flag.THEN_PIVOT if options.then == "pivot" else Flag.THEN_FINISH)
+    others = tuple(name for name in replaced if name != source)
+    return names.JobName("copy", names.new_run(), frozenset(flags), source, others)
 
 
 def _preparation(

@@ -8,7 +8,6 @@ and another process could do the rest.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import attrs
@@ -59,7 +58,7 @@ async def conclude(copy: Copy) -> Result:
     """
     monitor, life = copy.monitor, copy.job.life
     ended = await copy.job.refresh()
-    error = ended.error if ended else ""
+    error = ended.error if ended else copy.job.error
     copy.job.close()
     picture = await graph.read(monitor)
     active, where = await _authoritative(copy, picture, error)
@@ -67,8 +66,7 @@ async def conclude(copy: Copy) -> Result:
     consistent = _is_consistent(life)
     if outcome is Phase.PIVOTED:
         await _remove_marks(copy, picture)
-        gone = picture.replaced_by_pivot(copy.name.source, whole_chain=not copy.backing)
-        left = await _delete(monitor, picture, gone)
+        left = await _delete(monitor, picture, (copy.name.source, *copy.name.replaced))
         removed = False
     else:
         left = await _delete(monitor, picture, _target_nodes(copy))
@@ -129,7 +127,8 @@ async def _delete(monitor: Monitor, picture: Graph, nodes: Sequence[str]) -> lis
     """Delete nodes; describe those that should be gone and are not."""
     failed = {}
     for name in nodes:
-        if name in picture.nodes:
+        # Nodes that QEMU has named itself go with the node above them.
+        if name in picture.nodes and picture.nodes[name].named_by_user:
             reason = await attempt(monitor, Command("blockdev-del", {"node-name": name}))
             if reason:
                 failed[name] = reason
@@ -146,10 +145,7 @@ async def _delete(monitor: Monitor, picture: Graph, nodes: Sequence[str]) -> lis
 def _remove_worthless_file(copy: Copy, active: Active) -> bool:
     """Remove a half-written copy that this run created: it looks like a good one."""
     ours = Flag.CREATED in copy.name.flags and discover.sees_our_files(copy.monitor.pid)
-    if not ours or active is not Active.SOURCE or not os.path.exists(copy.destination):
-        return False
-    remove_file(copy.destination)
-    return True
+    return ours and active is Active.SOURCE and remove_file(copy.destination)
 
 
 def _failure(

@@ -7,26 +7,19 @@ Whatever was asked for, the outcome is read back from QEMU's graph after the job
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 import attrs
 
 from qmpmirror import errors, graph, names
-from qmpmirror.job import STALL_SECONDS, Job, JobInfo, block_jobs
+from qmpmirror.job import STALL_SECONDS
 from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
 from qmpmirror.names import Flag, JobName, Mark
 from qmpmirror.operations.conclusion import Result, conclude
+from qmpmirror.operations.handle import BlockJob
 from qmpmirror.steps import Command, attempt
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from qmpmirror.disks import Disk
-    from qmpmirror.monitor import Monitor
-    from qmpmirror.schema import Schema
-
 _CONVERGE_SECONDS: Final = 2.0
-_SMOOTHING: Final = 0.3
 _MARKS: Final = {
     Ending.PIVOT: Mark.PIVOT,
     Ending.FINISH: Mark.FINISH,
@@ -34,112 +27,32 @@ _MARKS: Final = {
 }
 
 
-@attrs.frozen
-class Progress:
-    """How far a copy is.
+@attrs.define(eq=False, kw_only=True)
+class Copy(BlockJob):
+    """A copy under way: a `BlockJob` whose ``disk`` is the source as it was at the start.
 
     Attributes:
-        phase: where it is in its life.
-        offset: bytes of work done.
-        length: bytes of work in all; it grows while the guest writes, and may be 0.
-        rate: bytes/s, smoothed; 0 when not known yet.
-        eta: seconds until the mirroring phase at this rate; None when not known.
-    """
-
-    phase: Phase
-    offset: int
-    length: int
-    rate: float
-    eta: float | None
-
-    @property
-    def percent(self) -> float:
-        """0 to 100; 100 only in the mirroring phase."""
-        if self.phase is not Phase.COPYING:
-            return 100.0
-        if not self.length:
-            return 0.0
-        return min(99.99, int(10000 * self.offset / self.length) / 100)
-
-
-@attrs.define(eq=False)
-class Copy:
-    """A copy under way.
-
-    Attributes:
-        monitor: the QEMU.
-        schema: what it can do.
-        job: the watched job.
         name: the job's id, taken apart.
-        disk: the source disk, as it was at the start.
         destination: where the copy is.
+        format: the copy's image format.
         backing: the node that both images share; empty for a full copy.
     """
 
-    monitor: Monitor
-    schema: Schema
-    job: Job
     name: JobName
-    disk: Disk
     destination: str
+    format: str
     backing: str
     _result: Result | None = attrs.field(default=None, init=False)
 
     @property
-    def id(self) -> str:
-        """The job's id."""
-        return self.job.id
-
-    @property
-    def phase(self) -> Phase:
-        """Where the copy is in its life, as far as events have told."""
-        return self.job.life.phase
+    def result(self) -> Result | None:
+        """How it has ended, whoever ended it; None while it goes on, and when it failed."""
+        return self._result
 
     @property
     def target_node(self) -> str:
         """The node that the job writes to."""
         return names.node_name(self.name.run, "format")
-
-    async def info(self) -> JobInfo:
-        """Ask QEMU about the job (``query-block-jobs``).
-
-        Raises:
-            JobNotFound: QEMU has it no more.
-        """
-        for info in await block_jobs(self.monitor):
-            if info.id == self.id:
-                return info
-        raise errors.JobNotFound(f"QEMU has no block job {self.id}", job_id=self.id)
-
-    async def progress(self, interval: float = 0.5) -> AsyncIterator[Progress]:
-        """Report until the mirroring phase, or until the job has ended.
-
-        Leaving the loop, or cancelling it, touches nothing.
-
-        Args:
-            interval: seconds between two reports; the mirroring phase is reported at once.
-
-        Raises:
-            ConnectionLost: the connection ended.
-        """
-        rate, last = 0.0, (time.monotonic(), 0)
-        while not self.job.life.concluded:
-            try:
-                info = await self.info()
-            except errors.JobNotFound:
-                return
-            now = time.monotonic()
-            elapsed, done = now - last[0], info.offset - last[1]
-            if done and elapsed > 0:
-                newest = done / elapsed
-                rate = newest if not rate else rate + _SMOOTHING * (newest - rate)
-            last = (now, info.offset)
-            remaining = info.length - info.offset
-            eta = remaining / rate if rate > 0 else None
-            yield Progress(self.phase, info.offset, info.length, rate, eta)
-            if self.phase is not Phase.COPYING:
-                return
-            await self.job.wait(lambda life: life.mirrored, seconds=interval)
 
     async def ready(
         self, *, seconds: float | None = None, stall_seconds: float = STALL_SECONDS
@@ -223,9 +136,53 @@ class Copy:
         """
         return await self._end(Ending.ABORT, seconds, stall_seconds, force=force)
 
-    async def set_bandwidth(self, bandwidth: int) -> None:
-        """Change the limit (``block-job-set-speed``) to bytes/s; 0 for none."""
-        await self.monitor.execute("block-job-set-speed", {"device": self.id, "speed": bandwidth})
+    async def request(self, ending: Ending, *, force: bool = False) -> None:
+        """Ask for an ending and do not wait for it; `recover` puts away what it leaves.
+
+        Raises:
+            NotReady: EndingAlreadyAsked: as `pivot`.
+        """
+        await self._ask(ending, force=force)
+
+    async def resume_ending(self) -> Result:
+        """See an ending through that another process has asked for.
+
+        That process may have died between writing its wish down and sending it. A cancel can be
+        repeated; ``job-complete`` must not be, under a filter: it aborts QEMU before 10.0.10.
+        """
+        asked = self.job.life.asked
+        while asked is not None and not await self.job.wait(_concluded, seconds=_CONVERGE_SECONDS):
+            if asked is not Ending.PIVOT or await self._may_complete_again():
+                await self._send(asked, force=False)
+        return await self._conclude()
+
+    async def _may_complete_again(self) -> bool:
+        if self.disk.image is not None and self.disk.node == self.disk.image.name:
+            return True
+        # A job that has been told to complete ends as soon as it has nothing left to copy.
+        info = await self.info()
+        return info.ready and not info.paused and info.offset == info.length
+
+    async def make_synchronous(self) -> None:
+        """Let each write of the guest wait for both images from now on (``block-job-change``).
+
+        Raises:
+            Unsupported: QEMU before 8.2.
+            Refused: the target has no backing file yet: it would be corrupted.
+        """
+        if not self.schema.has_command("block-job-change"):
+            raise errors.Unsupported(
+                "this QEMU cannot switch a running copy to synchronous writes",
+                command="block-job-change",
+                hint="QEMU 8.2 and newer can; others when the copy is started",
+            )
+        if not self._may_be_synchronous():
+            raise errors.Refused("synchronous writes with a shallow drive-mirror corrupt the copy")
+        await self.monitor.execute("block-job-change", self._write_blocking())
+
+    def _may_be_synchronous(self) -> bool:
+        # A shallow drive-mirror gets its backing only when it completes.
+        return not self.name.flags >= {Flag.SHALLOW, Flag.DRIVE_MIRROR}
 
     async def _end(
         self,
@@ -301,12 +258,13 @@ class Copy:
 
     async def _make_writes_wait(self) -> None:
         """Help a mirror that does not converge, where QEMU can (8.2) and where it is safe."""
-        if not self.schema.has_command("block-job-change") or not self.job.life.mirrored:
+        can = self.schema.has_command("block-job-change") and self._may_be_synchronous()
+        if not can or not self.job.life.mirrored:
             return
-        if self.name.flags >= {Flag.SHALLOW, Flag.DRIVE_MIRROR}:
-            return  # its target has no backing yet: it would be corrupted
-        change = {"id": self.id, "type": "mirror", "copy-mode": "write-blocking"}
-        await attempt(self.monitor, Command("block-job-change", change))
+        await attempt(self.monitor, Command("block-job-change", self._write_blocking()))
+
+    def _write_blocking(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "mirror", "copy-mode": "write-blocking"}
 
     async def _check_target(self, ending: Ending) -> None:
         """Look at the target before an ending: at its marks, and for a pivot at its backing."""

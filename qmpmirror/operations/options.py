@@ -65,6 +65,8 @@ class Options:
         via: ``blockdev-mirror`` or ``drive-mirror``.
         on_error: what an I/O error does: ``report`` (end the job), ``stop``, ``ignore`` or
             ``enospc`` (stop only when space runs out).
+        then: how the copy is going to be ended in the mirroring phase: ``pivot``, ``finish``, or
+            empty when that is open. Nothing acts on it but `recover`, should this process die.
         safe_start: stop the vCPUs while the mirror starts, on QEMUs that would miss writes then.
     """
 
@@ -78,4 +80,5 @@ class Options:
         default=BLOCKDEV_MIRROR, validator=_one_of(BLOCKDEV_MIRROR, DRIVE_MIRROR)
     )
     on_error: str = attrs.field(default="report", validator=_one_of(*POLICIES))
+    then: str = attrs.field(default="", validator=_one_of("", "pivot", "finish"))
     safe_start: bool = True

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""What ``qmpmirror blockjob`` does with the job that it finds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from qmpmirror import errors
+from qmpmirror.cli.exits import Exit
+from qmpmirror.cli.render import human_size
+from qmpmirror.cli.run import open_machine
+from qmpmirror.cli.session import CopySession
+from qmpmirror.life import Ending
+from qmpmirror.operations.copy import Copy
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+    from qmpmirror.cli.render import Output
+    from qmpmirror.cli.run import Interrupts
+    from qmpmirror.job import JobInfo
+    from qmpmirror.machine import Machine
+    from qmpmirror.operations.handle import BlockJob
+
+_LABELS: Final[Mapping[str, str]] = {
+    "mirror": "Block Copy",
+    "stream": "Block Pull",
+    "commit": "Block Commit",
+    "backup": "Backup",
+}
+_MIB: Final = 1024 * 1024
+
+
+async def steer(arguments: argparse.Namespace, output: Output, interrupts: Interrupts) -> int:
+    """``qmpmirror blockjob`` with its parsed arguments; return the exit code."""
+    async with await interrupts.guard(open_machine(arguments)) as vm:
+        handle = await interrupts.guard(vm.blockjob(arguments.path))
+        if handle is None:
+            return _no_job(arguments, output)
+        if arguments.abort or arguments.pivot:
+            return await _end(handle, arguments, output, interrupts)
+        if arguments.watch:
+            return await interrupts.guard(_watch(vm, handle, output))
+        if arguments.pause:
+            await handle.pause()
+        elif arguments.resume:
+            await handle.resume()
+        elif arguments.synchronous_writes:
+            await _ours(handle).make_synchronous()
+        elif arguments.bandwidth is not None:
+            await handle.set_bandwidth(arguments.bandwidth)
+        else:
+            _show(await handle.info(), arguments, output)
+            return Exit.DONE
+        output.event("result", outcome="done", exit=int(Exit.DONE), job=handle.id)
+        return Exit.DONE
+
+
+def _no_job(arguments: argparse.Namespace, output: Output) -> int:
+    wants_one = (
+        arguments.abort
+        or arguments.pivot
+        or arguments.pause
+        or arguments.resume
+        or arguments.synchronous_writes
+        or arguments.bandwidth is not None
+    )
+    if wants_one:
+        raise errors.JobNotFound(
+            f"disk {arguments.path} does not have an active block job", job_id=""
+        )
+    output.say(f"No current block job for {arguments.path}")
+    output.event("result", outcome="none", exit=int(Exit.DONE))
+    return Exit.DONE
+
+
+async def _end(
+    handle: BlockJob, arguments: argparse.Namespace, output: Output, interrupts: Interrupts
+) -> int:
+    if not isinstance(handle, Copy) and arguments.abort:
+        work = handle.cancel(force=arguments.force, wait=not arguments.async_)
+        await interrupts.guard(work)
+        output.say("Job aborted")
+        output.event("result", outcome="aborted", exit=int(Exit.DONE), job=handle.id)
+        return Exit.DONE
+    ending = Ending.PIVOT if arguments.pivot else Ending.ABORT
+    async with CopySession(_ours(handle), output, interrupts) as session:
+        await session.end(ending, force=arguments.force, wait=not arguments.async_)
+    return session.code
+
+
+async def _watch(vm: Machine, handle: BlockJob, output: Output) -> int:
+    """Show a job until it has ended, without ending it or putting anything away."""
+    async for progress in handle.progress(until_mirroring=False):
+        output.progress(progress)
+        output.event("progress", **progress.fields())
+    disk = next((d for d in await vm.disks() if d.is_under(handle.disk)), handle.disk)
+    output.note(f"the job has ended; {disk.name} is on {disk.path}")
+    output.event("result", outcome="ended", exit=int(Exit.DONE), active=disk.path, job=handle.id)
+    return Exit.DONE
+
+
+def _ours(handle: BlockJob) -> Copy:
+    if not isinstance(handle, Copy):
+        raise errors.Refused(
+            f"job {handle.id} was not started by qmpmirror: it can be shown, limited, paused and"
+            " aborted, but only its owner knows how to end it"
+        )
+    return handle
+
+
+def _show(info: JobInfo, arguments: argparse.Namespace, output: Output) -> None:
+    label = _LABELS.get(info.type, "Unknown job")
+    speed = info.speed if arguments.bytes else -(-info.speed // _MIB)
+    if arguments.raw:
+        output.say(f" type={label}\n bandwidth={speed}\n cur={info.offset}\n end={info.length}")
+    else:
+        done = 100.0 if info.ready else _percent(info)
+        output.say(f"{label}: [{done:5.2f} %]{' mirroring' if info.ready else ''}")
+        if info.speed:
+            output.say(f"    Bandwidth limit: {info.speed} bytes/s ({human_size(info.speed)}/s)")
+        if info.paused:
+            output.say(f"    paused, I/O status {info.io_status}")
+    output.event("job", **attrs.asdict(info), label=label)
+    output.event("result", outcome="done", exit=int(Exit.DONE), job=info.id)
+
+
+def _percent(info: JobInfo) -> float:
+    return min(99.99, int(10000 * info.offset / info.length) / 100) if info.length else 0.0

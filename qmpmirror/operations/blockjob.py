@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""blockjob: the block job that runs on a disk, whoever has started it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import attrs
+
+from qmpmirror import discover, disks, errors, runs
+from qmpmirror.job import Job, JobInfo, block_jobs
+from qmpmirror.life import Life
+from qmpmirror.names import Flag
+from qmpmirror.operations.copy import Copy
+from qmpmirror.operations.handle import BlockJob
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qmpmirror.disks import Disk
+    from qmpmirror.graph import Graph
+    from qmpmirror.monitor import Monitor
+    from qmpmirror.runs import OurJob, Run
+    from qmpmirror.schema import Schema
+
+
+async def attach(monitor: Monitor, schema: Schema, disk_name: str) -> BlockJob | None:
+    """The job on a disk: a `Copy` when it is one of ours, another `BlockJob` when it is not.
+
+    Raises:
+        DiskNotFound: and AmbiguousDisk: see `disks.find`.
+    """
+    (picture, found), infos = await asyncio.gather(runs.read(monitor), block_jobs(monitor))
+    folder = discover.working_folder(monitor.pid)
+    disk = disks.find(await disks.read(monitor, picture, folder), disk_name)
+    for run in found:
+        if run.copy is not None and _is_on(run, run.copy, disk):
+            return await attach_copy(monitor, schema, picture, run, disk)
+    foreign = _foreign(picture, disk, infos)
+    if foreign is None:
+        return None
+    job = Job(monitor, foreign.id, Life.resume(foreign.status))
+    job.__enter__()
+    return BlockJob(monitor=monitor, schema=schema, job=job, disk=disk)
+
+
+async def attach_copy(
+    monitor: Monitor, schema: Schema, picture: Graph, run: Run, disk: Disk
+) -> Copy:
+    """Take up a copy of ours that another process has started."""
+    ours = run.copy
+    if ours is None:
+        raise errors.JobNotFound(f"run {run.id} has no copy job", job_id="")
+    folder = discover.working_folder(monitor.pid)
+    source = picture.nodes.get(ours.name.source)
+    as_it_was = disk
+    if source is not None:
+        path = disks.path_of(picture, source.name, folder)
+        as_it_was = attrs.evolve(disk, image=source, path=path)
+    job = Job(monitor, ours.status.id, Life.resume(ours.status.status, run.asked))
+    job.__enter__()
+    # A look after the subscription: what happened in between is not missed.
+    await job.refresh()
+    backing = source.child("backing") if source and Flag.SHALLOW in ours.name.flags else ""
+    known = run.target_node in picture.nodes
+    return Copy(
+        monitor=monitor,
+        schema=schema,
+        job=job,
+        disk=as_it_was,
+        name=ours.name,
+        destination=disks.path_of(picture, run.target_node, folder) if known else "",
+        format=picture.nodes[run.target_node].driver if known else "",
+        backing=backing,
+    )
+
+
+def disk_of(run: Run, ours: OurJob, candidates: Iterable[Disk]) -> Disk | None:
+    """The disk that a copy of ours belongs to, before or after its end."""
+    return next((disk for disk in candidates if _is_on(run, ours, disk)), None)
+
+
+def _is_on(run: Run, ours: OurJob, disk: Disk) -> bool:
+    return disk.image is not None and disk.image.name in {ours.name.source, run.target_node}
+
+
+def _foreign(picture: Graph, disk: Disk, infos: Iterable[JobInfo]) -> JobInfo | None:
+    if not disk.node:
+        return None
+    on_disk = picture.jobs_on(picture.stack(disk.node))
+    return next((info for info in infos if info.id in on_disk), None)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""recover: what an interrupted run left in QEMU, finished or undone.
+
+QEMU is asked, nobody else: a run is known by the names of its jobs, nodes and bitmaps. Nothing
+without our names is touched, except the nodes that a pivot has replaced.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+import attrs
+
+from qmpmirror import discover, disks, errors, names, runs
+from qmpmirror.life import Ending, Phase
+from qmpmirror.names import Flag, Mark
+from qmpmirror.operations.blockjob import attach_copy, disk_of
+from qmpmirror.steps import Command, attempt, cancel_job, remove_file
+
+if TYPE_CHECKING:
+    from qmpmirror.disks import Disk
+    from qmpmirror.graph import Graph
+    from qmpmirror.monitor import Monitor
+    from qmpmirror.operations.conclusion import Result
+    from qmpmirror.operations.copy import Copy
+    from qmpmirror.runs import Run
+    from qmpmirror.schema import Schema
+
+
+class Way(enum.Enum):
+    """What to do with a copy whose ending nobody has asked for yet."""
+
+    LEAVE = "leave"
+    FINISH = "finish"
+    UNDO = "undo"
+
+
+class State(enum.Enum):
+    """How far an interrupted run had come."""
+
+    CREATING = "creating the image"
+    COPYING = "copying"
+    MIRRORING = "mirroring"
+    ENDING = "ending"
+    ENDED = "ended"
+
+
+@attrs.frozen
+class Finding:
+    """One interrupted run.
+
+    Attributes:
+        run: its id.
+        state: how far it had come.
+        disk: the disk's name; empty when the run had not come so far.
+        destination: where its copy is.
+        active: the image that the guest uses; empty when no disk is known.
+        action: what was done, or is going to be done.
+        left: what could not be cleaned up, one entry each.
+    """
+
+    run: str
+    state: State
+    disk: str
+    destination: str
+    active: str
+    action: str
+    left: tuple[str, ...] = ()
+
+
+async def recover(
+    monitor: Monitor, schema: Schema, way: Way = Way.LEAVE, *, dry_run: bool = False
+) -> list[Finding]:
+    """Finish or undo what interrupted runs have left.
+
+    An ending that was asked for is seen through, whatever ``way`` is, except that `Way.UNDO`
+    overrules it as long as QEMU lets it. What had not come as far as a job is undone. Cancelling
+    this is safe: it can be called again.
+
+    Args:
+        monitor: the QEMU.
+        schema: what it can do.
+        way: what to do with a copy that runs and that nobody has asked to end. `Way.FINISH` waits
+            for the mirroring phase, then does what the run was started for: a pivot if it said so,
+            else a finish.
+        dry_run: change nothing, only tell.
+
+    Raises:
+        ConnectionLost: the connection ended.
+    """
+    picture, found = await runs.read(monitor)
+    folder = discover.working_folder(monitor.pid)
+    known = await disks.read(monitor, picture, folder)
+    findings = []
+    for run in found:
+        if not dry_run:
+            await _tidy(monitor, run)
+        if run.copy is None and run.file is None and run.header is None:
+            continue
+        if run.copy is None:
+            findings.append(await _undo_creation(monitor, picture, run, dry_run=dry_run))
+            continue
+        disk = disk_of(run, run.copy, known)
+        if disk is None:
+            disk = _without_disk(run, picture)
+        findings.append(await _recover_copy(monitor, schema, picture, run, disk, way, dry_run))
+    return findings
+
+
+async def _recover_copy(  # noqa: PLR0917 - the run and all that is needed to act on it
+    monitor: Monitor,
+    schema: Schema,
+    picture: Graph,
+    run: Run,
+    disk: Disk,
+    way: Way,
+    dry_run: bool,
+) -> Finding:
+    copy = await attach_copy(monitor, schema, picture, run, disk)
+    try:
+        state = _state(copy)
+        finding = Finding(run.id, state, disk.name, copy.destination, disk.path, "")
+        if dry_run:
+            return attrs.evolve(finding, action=_intention(copy, state, way))
+        if run.file is not None:
+            await attempt(monitor, Command("job-dismiss", {"id": run.file.status.id}))
+        if state in {State.COPYING, State.MIRRORING} and way is Way.LEAVE:
+            return attrs.evolve(finding, action="left running")
+        try:
+            result = await _end(copy, state, way)
+        except errors.JobFailed as failure:
+            return attrs.evolve(
+                finding,
+                active=failure.authoritative,
+                action=f"put away: it had failed: {failure.reason}",
+                left=failure.left,
+            )
+        return attrs.evolve(finding, active=result.active, action=_done(result), left=result.left)
+    finally:
+        copy.job.close()
+
+
+def _state(copy: Copy) -> State:
+    life = copy.job.life
+    if life.concluded:
+        return State.ENDED
+    if life.asked is not None:
+        return State.ENDING
+    return State.MIRRORING if life.mirrored else State.COPYING
+
+
+async def _end(copy: Copy, state: State, way: Way) -> Result:
+    if way is Way.UNDO and state is not State.ENDED:
+        return await copy.abort(force=True)
+    if state in {State.ENDED, State.ENDING}:
+        return await copy.resume_ending()
+    await copy.ready()
+    return await (copy.pivot() if Flag.THEN_PIVOT in copy.name.flags else copy.finish())
+
+
+def _intention(copy: Copy, state: State, way: Way) -> str:
+    if state is State.ENDED:
+        return "would be put away"
+    if way is Way.UNDO:
+        return "would be aborted"
+    if state is State.ENDING:
+        asked = copy.job.life.asked
+        return f"would be seen through: {asked.value if asked else ''}"
+    if way is Way.LEAVE:
+        return "would be left running"
+    ending = Ending.PIVOT if Flag.THEN_PIVOT in copy.name.flags else Ending.FINISH
+    return f"would {ending.value} in the mirroring phase"
+
+
+def _done(result: Result) -> str:
+    if result.outcome is Phase.PIVOTED:
+        return "pivoted"
+    if result.outcome is Phase.FINISHED:
+        return "finished: the copy is consistent"
+    if result.removed:
+        return "aborted: the incomplete copy was removed"
+    return f"aborted: the copy is {'consistent' if result.consistent else 'not usable'}"
+
+
+def _without_disk(run: Run, picture: Graph) -> Disk:
+    """A stand-in for a disk that is gone: it was unplugged while its copy ran."""
+    source = run.copy.name.source if run.copy else ""
+    image = picture.nodes.get(source)
+    path = picture.location(source) if image else ""
+    return disks.Disk(source, "", "", "(gone)", "", image, path)
+
+
+async def _undo_creation(monitor: Monitor, picture: Graph, run: Run, *, dry_run: bool) -> Finding:
+    """Take back what was prepared for a copy that never started."""
+    path = run.file.name.source if run.file else ""
+    finding = Finding(run.id, State.CREATING, "", path, "", "would be undone")
+    if dry_run:
+        return finding
+    if run.header is not None:
+        await cancel_job(monitor, run.header.status.id)
+    left = []
+    for role in ("format", "storage"):
+        name = names.node_name(run.id, role)
+        if name in picture.nodes:
+            reason = await attempt(monitor, Command("blockdev-del", {"node-name": name}))
+            left += [f"node {name}: {reason}"] if reason else []
+    removed = False
+    if run.file is not None:
+        await attempt(monitor, Command("job-cancel", {"id": run.file.status.id}))
+        ours = Flag.CREATED in run.file.name.flags and discover.sees_our_files(monitor.pid)
+        if ours and not left:
+            removed = remove_file(path)
+        # Last: until then it is QEMU's record of the file.
+        await cancel_job(monitor, run.file.status.id)
+    action = "undone, and the file was removed" if removed else "undone"
+    return attrs.evolve(finding, action=action, left=tuple(left))
+
+
+async def _tidy(monitor: Monitor, run: Run) -> None:
+    """Put away what is small and wanted by nobody, whatever becomes of the run."""
+    if Mark.STOPPED in run.marks:
+        # It stopped the vCPUs for an instant and died in it.
+        await attempt(monitor, Command("cont"))
+    stale = run.marks if run.copy is None else run.marks & {Mark.STOPPED}
+    for mark in stale:
+        bitmap = {"node": run.target_node, "name": names.bitmap_name(run.id, mark)}
+        await attempt(monitor, Command("block-dirty-bitmap-remove", bitmap))
+    if "probe" in run.roles:
+        # It only looked whether a file is there.
+        probe = {"node-name": names.node_name(run.id, "probe")}
+        await attempt(monitor, Command("blockdev-del", probe))

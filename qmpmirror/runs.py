@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""What QEMU remembers of our runs: jobs, nodes and bitmaps that carry our names.
+
+A run has a job of ours from the moment it changes something until everything is put away: first
+the job that created the file, then the copy's own. So nodes without a job are no left-over: one is
+the active image of each disk that was switched to a copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import attrs
+
+from qmpmirror import graph, names
+from qmpmirror.job import JobStatus
+from qmpmirror.life import Ending
+from qmpmirror.names import JobName, Mark
+
+if TYPE_CHECKING:
+    from qmpmirror.graph import Graph
+    from qmpmirror.monitor import Monitor
+
+_ENDINGS = {Mark.PIVOT: Ending.PIVOT, Mark.FINISH: Ending.FINISH, Mark.ABORT: Ending.ABORT}
+
+
+@attrs.frozen
+class OurJob:
+    """A job of ours: what QEMU says of it, and what its name says."""
+
+    status: JobStatus
+    name: JobName
+
+
+@attrs.frozen
+class Run:
+    """Everything of one run.
+
+    Attributes:
+        id: the run's id.
+        copy: the job that copies, if there is one.
+        file: the job that created the file, until it is dismissed.
+        header: the job that writes the image's header, until it is dismissed.
+        roles: the roles of its nodes.
+        marks: what its target node's bitmaps say.
+    """
+
+    id: str
+    copy: OurJob | None = None
+    file: OurJob | None = None
+    header: OurJob | None = None
+    roles: frozenset[str] = frozenset()
+    marks: frozenset[Mark] = frozenset()
+
+    @property
+    def asked(self) -> Ending | None:
+        """The ending that was asked for, by whichever process."""
+        return next((ending for mark, ending in _ENDINGS.items() if mark in self.marks), None)
+
+    def with_job(self, job: OurJob) -> Run:
+        """The same run, with one of its jobs in its place."""
+        if job.name.verb == "create":
+            return attrs.evolve(self, file=job)
+        if job.name.verb == "format":
+            return attrs.evolve(self, header=job)
+        return attrs.evolve(self, copy=job)
+
+    @property
+    def target_node(self) -> str:
+        """The node that the copy writes to."""
+        return names.node_name(self.id, "format")
+
+
+async def read(monitor: Monitor) -> tuple[Graph, list[Run]]:
+    """The block graph, and our runs in it."""
+    picture, replies = await asyncio.gather(graph.read(monitor), monitor.execute("query-jobs"))
+    return picture, parse(picture, [JobStatus.parse(reply) for reply in replies])
+
+
+def parse(picture: Graph, jobs: list[JobStatus]) -> list[Run]:
+    """Our runs among the jobs and nodes of a QEMU."""
+    found: dict[str, Run] = {}
+    for status in jobs:
+        name = names.parse_job(status.id)
+        if name is not None:
+            run = found.get(name.run, Run(name.run))
+            found[name.run] = run.with_job(OurJob(status, name))
+    for node in picture.nodes.values():
+        parsed = names.parse_node(node.name)
+        if parsed is None:
+            continue
+        run = found.get(parsed[0], Run(parsed[0]))
+        bitmaps = [names.parse_bitmap(bitmap.name) for bitmap in node.bitmaps]
+        marks = {bitmap[1] for bitmap in bitmaps if bitmap and bitmap[0] == run.id}
+        found[run.id] = attrs.evolve(run, roles=run.roles | {parsed[1]}, marks=run.marks | marks)
+    return list(found.values())
