@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from qmpmirror.job import JobInfo
     from qmpmirror.life import Phase
     from qmpmirror.machine import Machine, connect
-    from qmpmirror.operations.blockcopy import Plan
     from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.copy import Copy
     from qmpmirror.operations.handle import BlockJob, Progress
     from qmpmirror.operations.options import Options
+    from qmpmirror.operations.plan import Plan
     from qmpmirror.operations.recover import Finding, Way
 
 __version__ = "0.1.0.dev0"
@@ -67,7 +67,7 @@ _HOMES = {
     "Node": "graph",
     "Options": "operations.options",
     "Phase": "life",
-    "Plan": "operations.blockcopy",
+    "Plan": "operations.plan",
     "Progress": "operations.handle",
     "Result": "operations.conclusion",
     "Way": "operations.recover",

@@ -8,14 +8,15 @@ import errno
 import socket
 import struct
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
 from qemu.qmp import ConnectError as ClientConnectError
+from qemu.qmp import QMPError, Runstate
 from qemu.qmp.error import ProtocolError
 
 from qmpmirror import discover, errors
-from qmpmirror.monitor import Client, Monitor, Transcript
+from qmpmirror.monitor import Client, Monitor, Transcript, within
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,14 +56,23 @@ async def open_monitor(
     """
     end = time.monotonic() + seconds
     while True:
+        refusals: list[errors.ConnectError] = []
         for endpoint in domain.endpoints:
             remaining = end - time.monotonic()
             attempt = max(0.01, min(_ATTEMPT_SECONDS, remaining / len(domain.endpoints)))
             # A QEMU that is starting or ending may hang up on us: that is worth another attempt.
             with suppress(_NotYetError):
-                return await _attempt(endpoint, domain, attempt, transcript)
+                try:
+                    return await _attempt(endpoint, domain, attempt, transcript)
+                except errors.ConnectError as refusal:
+                    refusals.append(refusal)
+        # One that was found by its name or pid may be starting: it makes its sockets one by one.
+        may_start = domain.pid is not None and not discover.has_ended(domain.pid)
+        refused = len(refusals) == len(domain.endpoints)
+        if refused and not may_start:
+            raise refusals[0]
         if time.monotonic() + _PAUSE_SECONDS >= end:
-            raise _busy(domain.endpoints, domain.text, seconds)
+            raise refusals[0] if refused else _busy(domain.endpoints, domain.text, seconds)
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
@@ -71,9 +81,13 @@ async def _attempt(
 ) -> Monitor:
     client = Client()
     try:
-        sock = await asyncio.wait_for(_connect(endpoint, domain.text), seconds)
-        pid = _peer(sock) if endpoint.path else domain.pid
-        await asyncio.wait_for(client.connect(sock), seconds)
+        async with AsyncExitStack() as undo:
+            sock = await _connect(endpoint, domain.text, seconds)
+            undo.callback(sock.close)
+            undo.push_async_callback(_hang_up, client)
+            pid = _peer(sock) if endpoint.path else domain.pid
+            await within(seconds, client.connect(sock))
+            undo.pop_all()
     except asyncio.TimeoutError:
         raise _NotYetError from None
     except ClientConnectError as error:
@@ -89,12 +103,21 @@ async def _attempt(
     )
 
 
-async def _connect(endpoint: Endpoint, text: str) -> socket.socket:
+async def _hang_up(client: Client) -> None:
+    if client.runstate is not Runstate.IDLE:
+        # disconnect() raises whatever ended the connection; here it has ended anyway.
+        with suppress(QMPError, OSError, EOFError, ValueError):
+            await client.disconnect()
+
+
+async def _connect(endpoint: Endpoint, text: str, seconds: float) -> socket.socket:
     """A connected socket."""
     try:
         if endpoint.path:
             return _connect_unix(endpoint.path)
-        return await _connect_tcp(endpoint.host, endpoint.port)
+        return await within(seconds, _connect_tcp(endpoint.host, endpoint.port))
+    except asyncio.TimeoutError:
+        raise _NotYetError from None
     except FileNotFoundError:
         raise errors.NoSuchMonitor(f"{endpoint}: no such socket", address=text) from None
     except OSError as error:

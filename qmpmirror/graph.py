@@ -76,6 +76,8 @@ class Node:
         cache_no_flush: whether flushes are ignored.
         detect_zeroes: ``off``, ``on`` or ``unmap``.
         bitmaps: its dirty bitmaps.
+        backing_filename: what its header says of a backing file, made absolute by QEMU.
+        backing_format: and of that one's format.
         children: child nodes as (role, node name), such as ``("backing", "snap1")``.
     """
 
@@ -91,6 +93,8 @@ class Node:
     cache_no_flush: bool
     detect_zeroes: str
     bitmaps: tuple[Bitmap, ...]
+    backing_filename: str = ""
+    backing_format: str = ""
     children: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -324,6 +328,8 @@ def _node(info: Mapping[str, Any]) -> Node:
         cache_no_flush=info["cache"]["no-flush"],
         detect_zeroes=info["detect_zeroes"],
         bitmaps=tuple(_bitmaps(info.get("dirty-bitmaps", ()))),
+        backing_filename=image.get("full-backing-filename", image.get("backing-filename", "")),
+        backing_format=image.get("backing-filename-format", ""),
     )
 
 

@@ -12,6 +12,7 @@ from qmpmirror.connection import CONNECT_SECONDS, open_monitor
 from qmpmirror.job import JobInfo, block_jobs
 from qmpmirror.monitor import Monitor, Transcript
 from qmpmirror.operations import blockcopy, blockjob, recover
+from qmpmirror.operations import plan as planning
 from qmpmirror.operations.options import BLOCKDEV_MIRROR, Options
 from qmpmirror.operations.recover import Way
 
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph
-    from qmpmirror.operations.blockcopy import Plan
     from qmpmirror.operations.copy import Copy
     from qmpmirror.operations.handle import BlockJob
+    from qmpmirror.operations.plan import Plan
     from qmpmirror.operations.recover import Finding
     from qmpmirror.schema import Schema
     from qmpmirror.stats import Sizes, Traffic
@@ -184,7 +185,7 @@ class Machine:
         self, disk: str, destination: str | os.PathLike[str], options: Options
     ) -> Plan:
         """Check a copy and plan its commands without changing anything; raises as `blockcopy`."""
-        return await blockcopy.plan(
+        return await planning.plan(
             self.monitor, await self.schema(), disk, str(destination), options
         )
 

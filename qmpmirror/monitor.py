@@ -19,6 +19,7 @@ from qemu.qmp import (
     EventListener,
     ExecInterruptedError,
     ExecuteError,
+    Message,
     QMPClient,
     QMPError,
     Runstate,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Coroutine, Mapping
 
-    from qemu.qmp import Message
-
 log = logging.getLogger("qmpmirror.monitor")
 
 T = TypeVar("T")
@@ -42,6 +41,9 @@ QUERY_SECONDS: Final = 60.0
 
 CHANGE_SECONDS: Final = 600.0
 """How long any other command may take: block commands wait for storage, in QEMU's main loop."""
+
+CLOSE_SECONDS: Final = 5.0
+"""How long saying goodbye may take."""
 
 MAX_REPLY: Final = 64 * 1024 * 1024
 """Bytes; a longer reply would end the connection."""
@@ -84,6 +86,14 @@ class Client(QMPClient):
         while self.runstate is not Runstate.RUNNING and "event" in message:
             message = await super()._recv()
         return message
+
+    async def _do_recv(self) -> Message:
+        # -qmp-pretty spreads a message over many lines; qemu.qmp takes each for one.
+        lines = [await self._readline()]
+        if lines[0].rstrip() == b"{":
+            while lines[-1].rstrip() != b"}":
+                lines.append(await self._readline())
+        return Message(b"".join(lines), eager=True)
 
 
 @attrs.frozen
@@ -241,15 +251,17 @@ class Monitor:
 
     async def close(self) -> None:
         """Let go of the connection. Running jobs go on. Does nothing the second time."""
+        if self.client.runstate is Runstate.RUNNING:
+            self._watch.cancel()
+        # Else it is about to disconnect: cut short, qemu.qmp leaves the error of its reader behind.
+        await asyncio.wait({self._watch}, timeout=CLOSE_SECONDS)
         self._watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._watch
         with suppress(ValueError, QMPError):
             self.client.remove_listener(self._listener)
         if self.owned:
             # disconnect() raises whatever ended the connection; here it has ended anyway.
             with suppress(QMPError, OSError, EOFError, ValueError, asyncio.TimeoutError):
-                await asyncio.wait_for(self.client.disconnect(), 5)
+                await asyncio.wait_for(self.client.disconnect(), CLOSE_SECONDS)
         if self.transcript is not None:
             self.transcript.close()
 

@@ -41,6 +41,10 @@ class Flag(enum.Enum):
     SHALLOW = "s"
     FULL = "f"
     LATE_CHAIN = "l"
+    OWN_CHAIN = "o"
+    OBJECTS = "x"
+    KEEP_SOURCE = "h"
+    DATA_FILE = "e"
     CREATED = "c"
     DRIVE_MIRROR = "d"
     THEN_PIVOT = "p"
@@ -85,6 +89,11 @@ class JobName:
 def created_file(run: str, path: str, *, ours: bool) -> JobName:
     """The job that creates a run's file; ``ours`` when the file is not there before."""
     return JobName("create", run, frozenset({Flag.CREATED} if ours else ()), path)
+
+
+def created_data_file(run: str, path: str) -> JobName:
+    """The job that creates a qcow2 image's external data file."""
+    return JobName("data", run, frozenset({Flag.CREATED}), path)
 
 
 def created_header(run: str) -> JobName:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What QEMU remembers of our runs: jobs, nodes and bitmaps that carry our names.
 
-A run has a job of ours from the moment it changes something until everything is put away: first
-the job that created the file, then the copy's own. So nodes without a job are no left-over: one is
-the active image of each disk that was switched to a copy.
+A run that creates a file has a job of ours until everything is put away: first the one that created
+the file, then the copy's own. Nodes without a job are a left-over when nobody uses them; else they
+are the active image of a disk that was switched to a copy.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Run:
         id: the run's id.
         copy: the job that copies, if there is one.
         file: the job that created the file, until it is dismissed.
+        data: the job that created an external data file, until it is dismissed.
         header: the job that writes the image's header, until it is dismissed.
         roles: the roles of its nodes.
         marks: what its target node's bitmaps say.
@@ -49,6 +50,7 @@ class Run:
     id: str
     copy: OurJob | None = None
     file: OurJob | None = None
+    data: OurJob | None = None
     header: OurJob | None = None
     roles: frozenset[str] = frozenset()
     marks: frozenset[Mark] = frozenset()
@@ -58,10 +60,24 @@ class Run:
         """The ending that was asked for, by whichever process."""
         return next((ending for mark, ending in _ENDINGS.items() if mark in self.marks), None)
 
+    def is_unfinished(self, picture: Graph) -> bool:
+        """Whether the run ended before its copy started, or without putting its nodes away."""
+        if self.file or self.data or self.header:
+            return True
+        ours = {names.node_name(self.id, role) for role in self.roles}
+        nodes = [name for name in ours if name in picture.nodes and not name.endswith("-probe")]
+        return bool(nodes) and not any(
+            picture.users.get(name)
+            or any(parent.name not in ours for parent in picture.parents(name))
+            for name in nodes
+        )
+
     def with_job(self, job: OurJob) -> Run:
         """The same run, with one of its jobs in its place."""
         if job.name.verb == "create":
             return attrs.evolve(self, file=job)
+        if job.name.verb == "data":
+            return attrs.evolve(self, data=job)
         if job.name.verb == "format":
             return attrs.evolve(self, header=job)
         return attrs.evolve(self, copy=job)

@@ -82,6 +82,21 @@ class Schema:
         options = self._creation_options()
         return options is not None and option in self._members(options, {options["tag"]: driver})
 
+    def creation_options(self, driver: str) -> dict[str, str]:
+        """The options that ``blockdev-create`` takes for a driver, with their JSON types.
+
+        The type of an enumeration is ``string``, and that of a node is ``node``.
+        """
+        options = self._creation_options()
+        if options is None:
+            return {}
+        kinds = {"enum": "string", "alternate": "node", "object": "object", "array": "array"}
+        found = {}
+        for name, member in self._members(options, {options["tag"]: driver}).items():
+            entity = self._entities[member["type"]]
+            found[name] = kinds.get(entity["meta-type"]) or str(entity["json-type"])
+        return found
+
     def _creation_options(self) -> Mapping[str, Any] | None:
         if not self.has_argument("blockdev-create", "options"):
             return None

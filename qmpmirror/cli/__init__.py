@@ -43,7 +43,7 @@ DOMAIN is a QMP socket, HOST:PORT, or the -name or pid of a QEMU that runs here.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [*(sys.argv[1:] if argv is None else argv)]  # "list" is a command of ours
     if words[:1] == ["--version"]:
         print(f"qmpmirror {__version__}")
         return Exit.DONE

@@ -114,6 +114,22 @@ def size(text: str, *, default: int = 1, what: str = "size") -> int:
     return int(number) * factor
 
 
+def key_values(options: Sequence[str]) -> dict[str, str]:
+    """``-o key=value,key=value`` as a dictionary; ``,,`` is a comma.
+
+    Raises:
+        ValueError: with a sentence for the user.
+    """
+    parsed: dict[str, str] = {}
+    for option in options:
+        for part in re.split(r"(?<!,),(?!,)", option):
+            key, equals, value = part.replace(",,", ",").partition("=")
+            if not equals or not key:
+                raise ValueError(f"-o {option!r} is not KEY=VALUE")
+            parsed[key] = value
+    return parsed
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)

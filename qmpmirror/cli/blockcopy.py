@@ -25,7 +25,7 @@ def parser() -> words.Parser:
     )
     made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
     made.add_named("path", "the disk: target (vda), device or drive id, node name, image path")
-    made.add_named("dest", "path of the copy")
+    made.add_named("dest", "the copy: a path, nbd://HOST/EXPORT, or json:{...} of blockdev-add")
     made.add_named("bandwidth", "limit in MiB/s, or with a suffix (500K, 2G)", required=False)
     _add_virsh_options(made)
     _add_other_options(made)
@@ -37,6 +37,9 @@ def _add_virsh_options(made: words.Parser) -> None:
     group = made.add_argument_group("virsh's options")
     flags = {
         "--shallow": "copy the active layer only and share its backing chain",
+        "--reuse-external": "the destination was prepared by the user: do not format it",
+        "--blockdev": "the destination is a block device",
+        "--dest-is-zero": "the destination is known to read as zeroes (QEMU 10.1)",
         "--raw": "the same as --format raw",
         "--bytes": "a bare --bandwidth is in bytes/s",
         "--synchronous-writes": "guest writes wait for both images",
@@ -64,6 +67,37 @@ def _add_virsh_options(made: words.Parser) -> None:
 
 def _add_other_options(made: words.Parser) -> None:
     group = made.add_argument_group("beyond virsh")
+    flags = {
+        "--overwrite": "format a destination that holds something",
+        "--keep-source": "leave the old image open after a pivot",
+    }
+    for flag, text in flags.items():
+        group.add_argument(flag, action="store_true", help=text)
+    group.add_argument(
+        "-o",
+        dest="creation",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,...]",
+        help="creation options of the new image, as for qemu-img create",
+    )
+    group.add_argument(
+        "--secret", metavar="FILE", help="passphrase; a new image is encrypted with LUKS"
+    )
+    group.add_argument("--tls-creds", metavar="DIR", help="TLS credentials for an NBD destination")
+    group.add_argument(
+        "--server-timeout",
+        type=words.seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long to wait for a destination's server that is not up yet",
+    )
+    group.add_argument(
+        "--detect-zeroes",
+        choices=("off", "on", "unmap"),
+        default="",
+        help="turn zeroes that are written to the copy into holes (default: as the source)",
+    )
     group.add_argument(
         "--via",
         default="blockdev-mirror",
@@ -120,6 +154,16 @@ def _options(made: words.Parser, arguments: argparse.Namespace) -> Options:
             via=arguments.via,
             on_error=arguments.on_error,
             safe_start=not arguments.no_safe_start,
+            reuse_external=arguments.reuse_external,
+            overwrite=arguments.overwrite,
+            blockdev=arguments.blockdev,
+            creation=words.key_values(arguments.creation),
+            secret=arguments.secret or "",
+            tls_creds=arguments.tls_creds or "",
+            server_seconds=arguments.server_timeout,
+            detect_zeroes=arguments.detect_zeroes,
+            dest_is_zero=arguments.dest_is_zero,
+            keep_source=arguments.keep_source,
             then="pivot" if arguments.pivot else "finish" if arguments.finish else "",
         )
     except ValueError as error:

@@ -9,6 +9,7 @@ from qmpmirror.cli import arguments as words
 from qmpmirror.cli.render import Output
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 _MODES = {
@@ -31,10 +32,10 @@ def parser() -> words.Parser:
     )
     made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
     made.add_named("path", "the disk: target (vda), device or drive id, node name, image path")
+    made.add_named("bandwidth", "the limit in MiB/s, or with a suffix; 0: none", required=False)
     modes = made.add_mutually_exclusive_group()
     for flag, text in _MODES.items():
         modes.add_argument(flag, action="store_true", help=text)
-    modes.add_argument("--bandwidth", metavar="LIMIT", help="in MiB/s, or with a suffix; 0: none")
     made.add_argument("--raw", action="store_true", help="info as fixed KEY=VALUE lines")
     made.add_argument("--bytes", action="store_true", help="bandwidth in bytes/s, both ways")
     made.add_argument(
@@ -51,15 +52,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code."""
     made = parser()
     arguments = made.parse(argv)
-    if arguments.async_ and not arguments.pivot:
-        arguments.abort = True  # as with virsh
-    if arguments.force:
-        if arguments.pivot:
-            made.error("--force goes with --abort only")
-        arguments.abort = True
-    ending = arguments.abort or arguments.pivot
-    if arguments.raw and (ending or arguments.bandwidth or arguments.watch):
-        made.error("--raw goes with --info only")
+    _check_modes(made, arguments)
     if arguments.bandwidth is not None:
         try:
             arguments.bandwidth = words.bandwidth(arguments.bandwidth, in_bytes=arguments.bytes)
@@ -70,3 +63,29 @@ def main(argv: Sequence[str]) -> int:
     from qmpmirror.cli.steering import steer  # noqa: PLC0415 - brings asyncio and qemu.qmp
 
     return run(lambda interrupts: steer(arguments, output, interrupts), output)
+
+
+def _check_modes(made: words.Parser, arguments: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other; those that imply an abort turn into one."""
+    mode = next((flag for flag in _MODES if getattr(arguments, _name(flag))), "")
+    if arguments.bandwidth is not None:
+        if mode:
+            made.error(f"--bandwidth does not go with {mode}")
+        mode = "--bandwidth"
+    goes_with = {
+        "--async": ("", "--abort", "--pivot"),
+        "--force": ("", "--abort"),
+        "--raw": ("", "--info"),
+        "--bytes": ("", "--info", "--bandwidth"),
+    }
+    for flag, modes in goes_with.items():
+        if getattr(arguments, _name(flag)) and mode not in modes:
+            made.error(f"{flag} does not go with {mode}")
+    implied = arguments.async_ or arguments.force
+    if implied and (arguments.raw or arguments.bytes):
+        made.error("--raw and --bytes do not go with --async or --force")
+    arguments.abort |= implied and not mode
+
+
+def _name(flag: str) -> str:
+    return {"--async": "async_"}.get(flag, flag.removeprefix("--").replace("-", "_"))

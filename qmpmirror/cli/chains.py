@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 def draw(graph: Graph, disks: Sequence[Disk]) -> str:
     """One tree for each base image: what stands on it below it, and who uses it beside it."""
     above = _images_above(graph, disks)
-    users = {disk.image.name: f"{disk.name} (guest)" for disk in disks if disk.image is not None}
+    users = {disk.image.name: _user(disk) for disk in disks if disk.image is not None}
+    in_use = {image.name for disk in disks if disk.image for image in graph.chain(disk.node)}
     for target in _targets(graph):
-        users.setdefault(target, "copy under way")
+        users.setdefault(target, "commit under way" if target in in_use else "copy under way")
     lines: list[str] = []
     for base in (name for name in above if not _backing(graph, name)):
         lines += _branch(graph, base, above, users, "", "")
     return "\n".join(lines)
+
+
+def _user(disk: Disk) -> str:
+    return f"{disk.name} (guest)" if disk.qom_path else disk.name
 
 
 def _images_above(graph: Graph, disks: Sequence[Disk]) -> dict[str, list[str]]:

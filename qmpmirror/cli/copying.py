@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from qmpmirror.cli.render import Output
     from qmpmirror.cli.run import Interrupts
-    from qmpmirror.operations.blockcopy import Plan
     from qmpmirror.operations.options import Options
+    from qmpmirror.operations.plan import Plan
 
 
 async def copy_disk(
@@ -78,7 +78,7 @@ def _start_fields(plan: Plan) -> dict[str, Any]:
         "job": str(plan.job),
         "disk": plan.disk.name,
         "source": plan.disk.path,
-        "destination": plan.destination.path,
-        "format": plan.destination.format,
+        "destination": plan.destination.text,
+        "format": plan.format,
         "shallow": plan.shallow,
     }

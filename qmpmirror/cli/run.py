@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -82,6 +83,8 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], output: Outpu
     async def guarded() -> int:
         return await command(Interrupts())
 
+    # qemu.qmp logs what it raises as well, and without any handler that would go to stderr.
+    logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
     try:
         return asyncio.run(guarded())
     except (Interrupted, KeyboardInterrupt):  # the latter before or after the loop takes signals

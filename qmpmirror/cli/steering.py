@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -43,7 +44,7 @@ async def steer(arguments: argparse.Namespace, output: Output, interrupts: Inter
         if arguments.abort or arguments.pivot:
             return await _end(handle, arguments, output, interrupts)
         if arguments.watch:
-            return await interrupts.guard(_watch(vm, handle, output))
+            return await interrupts.guard(_watch(vm, handle, output, interrupts))
         if arguments.pause:
             await handle.pause()
         elif arguments.resume:
@@ -83,8 +84,12 @@ async def _end(
     if not isinstance(handle, Copy) and arguments.abort:
         work = handle.cancel(force=arguments.force, wait=not arguments.async_)
         await interrupts.guard(work)
-        output.say("Job aborted")
-        output.event("result", outcome="aborted", exit=int(Exit.DONE), job=handle.id)
+        if arguments.async_:
+            output.note(f"abort asked for: job {handle.id} ends by itself")
+        else:
+            output.say("Job aborted")
+        outcome = "asked" if arguments.async_ else "aborted"
+        output.event("result", outcome=outcome, exit=int(Exit.DONE), job=handle.id)
         return Exit.DONE
     ending = Ending.PIVOT if arguments.pivot else Ending.ABORT
     async with CopySession(_ours(handle), output, interrupts) as session:
@@ -92,15 +97,25 @@ async def _end(
     return session.code
 
 
-async def _watch(vm: Machine, handle: BlockJob, output: Output) -> int:
+async def _watch(vm: Machine, handle: BlockJob, output: Output, interrupts: Interrupts) -> int:
     """Show a job until it has ended, without ending it or putting anything away."""
-    async for progress in handle.progress(until_mirroring=False):
-        output.progress(progress)
-        output.event("progress", **progress.fields())
+    async with _explaining(handle, output, interrupts):
+        async for progress in handle.progress(until_mirroring=False):
+            output.progress(progress)
+            output.event("progress", **progress.fields())
     disk = next((d for d in await vm.disks() if d.is_under(handle.disk)), handle.disk)
     output.note(f"the job has ended; {disk.name} is on {disk.path}")
     output.event("result", outcome="ended", exit=int(Exit.DONE), active=disk.path, job=handle.id)
     return Exit.DONE
+
+
+def _explaining(
+    handle: BlockJob, output: Output, interrupts: Interrupts
+) -> AbstractAsyncContextManager[object]:
+    """A context that tells what the loss of the connection means, where that can be told."""
+    if isinstance(handle, Copy):
+        return CopySession(handle, output, interrupts)
+    return nullcontext()
 
 
 def _ours(handle: BlockJob) -> Copy:
@@ -116,7 +131,8 @@ def _show(info: JobInfo, arguments: argparse.Namespace, output: Output) -> None:
     label = _LABELS.get(info.type, "Unknown job")
     speed = info.speed if arguments.bytes else -(-info.speed // _MIB)
     if arguments.raw:
-        output.say(f" type={label}\n bandwidth={speed}\n cur={info.offset}\n end={info.length}")
+        cur, end = _as_virsh(info)
+        output.say(f" type={label}\n bandwidth={speed}\n cur={cur}\n end={end}")
     else:
         done = 100.0 if info.ready else _percent(info)
         output.say(f"{label}: [{done:5.2f} %]{' mirroring' if info.ready else ''}")
@@ -126,6 +142,12 @@ def _show(info: JobInfo, arguments: argparse.Namespace, output: Output) -> None:
             output.say(f"    paused, I/O status {info.io_status}")
     output.event("job", **attrs.asdict(info), label=label)
     output.event("result", outcome="done", exit=int(Exit.DONE), job=info.id)
+
+
+def _as_virsh(info: JobInfo) -> tuple[int, int]:
+    """Done and to do, for scripts that take equal numbers for the mirroring phase."""
+    done, length = (info.offset, info.length) if info.length else (int(info.ready), 1)
+    return (done if info.ready else min(done, length - 1)), length
 
 
 def _percent(info: JobInfo) -> float:

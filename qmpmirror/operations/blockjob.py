@@ -62,7 +62,9 @@ async def attach_copy(
     job.__enter__()
     # A look after the subscription: what happened in between is not missed.
     await job.refresh()
-    backing = source.child("backing") if source and Flag.SHALLOW in ours.name.flags else ""
+    flags = ours.name.flags
+    shares = Flag.SHALLOW in flags and not flags & {Flag.LATE_CHAIN, Flag.OWN_CHAIN}
+    backing = source.child("backing") if source and shares else ""
     known = run.target_node in picture.nodes
     return Copy(
         monitor=monitor,

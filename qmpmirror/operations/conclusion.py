@@ -66,11 +66,12 @@ async def conclude(copy: Copy) -> Result:
     consistent = _is_consistent(life)
     if outcome is Phase.PIVOTED:
         await _remove_marks(copy, picture)
-        left = await _delete(monitor, picture, (copy.name.source, *copy.name.replaced))
+        left = await _let_go_of_source(copy, picture)
         removed = False
     else:
         left = await _delete(monitor, picture, _target_nodes(copy))
-        removed = not consistent and not left and _remove_worthless_file(copy, active)
+        await _delete_objects(monitor, copy.name.run, copy.name.flags)
+        removed = not consistent and not left and _remove_worthless_file(copy, picture, active)
     await copy.job.dismiss()
     if outcome is Phase.FAILED:
         raise _failure(copy, error, active, where, left)
@@ -120,7 +121,27 @@ async def _remove_marks(copy: Copy, picture: Graph) -> None:
 
 
 def _target_nodes(copy: Copy) -> list[str]:
-    return [copy.target_node, names.node_name(copy.name.run, "storage")]
+    return [names.node_name(copy.name.run, role) for role in ("format", "base", "data", "storage")]
+
+
+async def _let_go_of_source(copy: Copy, picture: Graph) -> list[str]:
+    """Close what the pivot has replaced, and what only that needed."""
+    if Flag.KEEP_SOURCE in copy.name.flags:
+        return []
+    replaced = (copy.name.source, *copy.name.replaced)
+    left = await _delete(copy.monitor, picture, replaced)
+    earlier = names.parse_node(copy.name.source)
+    if earlier is not None:
+        # The source was a copy of ours: a secret or credentials of that run may be left.
+        await _delete_objects(copy.monitor, earlier[0], frozenset({Flag.OBJECTS}))
+    return left
+
+
+async def _delete_objects(monitor: Monitor, run: str, flags: frozenset[Flag]) -> None:
+    if Flag.OBJECTS in flags:
+        for role in ("secret", "tls"):
+            name = names.node_name(run, role)
+            await attempt(monitor, Command("object-del", {"id": name}))
 
 
 async def _delete(monitor: Monitor, picture: Graph, nodes: Sequence[str]) -> list[str]:
@@ -142,10 +163,15 @@ async def _delete(monitor: Monitor, picture: Graph, nodes: Sequence[str]) -> lis
     ]
 
 
-def _remove_worthless_file(copy: Copy, active: Active) -> bool:
+def _remove_worthless_file(copy: Copy, before: Graph, active: Active) -> bool:
     """Remove a half-written copy that this run created: it looks like a good one."""
     ours = Flag.CREATED in copy.name.flags and discover.sees_our_files(copy.monitor.pid)
-    return ours and active is Active.SOURCE and remove_file(copy.destination)
+    if not ours or active is not Active.SOURCE:
+        return False
+    data = names.node_name(copy.name.run, "data")
+    if Flag.DATA_FILE in copy.name.flags and data in before.nodes:
+        remove_file(before.path(data))
+    return remove_file(copy.destination)
 
 
 def _failure(

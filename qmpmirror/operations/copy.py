@@ -15,6 +15,7 @@ from qmpmirror import errors, graph, names
 from qmpmirror.job import STALL_SECONDS
 from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
 from qmpmirror.names import Flag, JobName, Mark
+from qmpmirror.operations.chain import attach_own_chain
 from qmpmirror.operations.conclusion import Result, conclude
 from qmpmirror.operations.handle import BlockJob
 from qmpmirror.steps import Command, attempt
@@ -35,7 +36,8 @@ class Copy(BlockJob):
         name: the job's id, taken apart.
         destination: where the copy is.
         format: the copy's image format.
-        backing: the node that both images share; empty for a full copy.
+        backing: the node that both images share; empty when there is none, or the copy has a chain
+            of its own.
     """
 
     name: JobName
@@ -176,13 +178,19 @@ class Copy(BlockJob):
                 command="block-job-change",
                 hint="QEMU 8.2 and newer can; others when the copy is started",
             )
-        if not self._may_be_synchronous():
-            raise errors.Refused("synchronous writes with a shallow drive-mirror corrupt the copy")
+        if not await self._may_be_synchronous():
+            raise errors.Refused(
+                "the copy has no backing file yet: synchronous writes would corrupt it",
+                hint="copy with synchronous writes from the start",
+            )
         await self.monitor.execute("block-job-change", self._write_blocking())
 
-    def _may_be_synchronous(self) -> bool:
-        # A shallow drive-mirror gets its backing only when it completes.
-        return not self.name.flags >= {Flag.SHALLOW, Flag.DRIVE_MIRROR}
+    async def _may_be_synchronous(self) -> bool:
+        """Whether the target has its backing: without it, synchronous writes would corrupt it."""
+        if Flag.SHALLOW not in self.name.flags:
+            return True
+        node = (await graph.read(self.monitor)).nodes.get(self.target_node)
+        return node is not None and node.child("backing") != ""
 
     async def _end(
         self,
@@ -258,8 +266,9 @@ class Copy(BlockJob):
 
     async def _make_writes_wait(self) -> None:
         """Help a mirror that does not converge, where QEMU can (8.2) and where it is safe."""
-        can = self.schema.has_command("block-job-change") and self._may_be_synchronous()
-        if not can or not self.job.life.mirrored:
+        if not self.schema.has_command("block-job-change") or not self.job.life.mirrored:
+            return
+        if not await self._may_be_synchronous():
             return
         await attempt(self.monitor, Command("block-job-change", self._write_blocking()))
 
@@ -267,7 +276,10 @@ class Copy(BlockJob):
         return {"id": self.id, "type": "mirror", "copy-mode": "write-blocking"}
 
     async def _check_target(self, ending: Ending) -> None:
-        """Look at the target before an ending: at its marks, and for a pivot at its backing."""
+        """Look at the target before an ending: at its marks, and for a pivot at its backing.
+
+        A prepared image whose chain is opened late gets it now.
+        """
         picture = await graph.read(self.monitor)
         node = picture.nodes.get(self.target_node)
         marks = {names.parse_bitmap(bitmap.name) for bitmap in node.bitmaps} if node else set()
@@ -283,11 +295,14 @@ class Copy(BlockJob):
                 job_id=self.id,
                 hint="end that first",
             )
-        if not self.backing or Flag.DRIVE_MIRROR in self.name.flags:
+        if Flag.LATE_CHAIN in self.name.flags:
+            node = await attach_own_chain(self.monitor, picture, self.name)
+        if Flag.SHALLOW not in self.name.flags or Flag.DRIVE_MIRROR in self.name.flags:
             return  # drive-mirror attaches the backing itself, when it completes
-        if node is None or node.child("backing") != self.backing:
+        have = node.child("backing") if node else ""
+        if not have or (self.backing and have != self.backing):
             raise errors.JobError(
-                f"the copy of {self.disk.name} has lost its backing node {self.backing}:"
+                f"the copy of {self.disk.name} lacks its backing node {self.backing}:"
                 " switching to it would lose data",
                 job_id=self.id,
             )

@@ -10,7 +10,7 @@ import attrs
 from qmpmirror import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 BLOCKDEV_MIRROR: Final = "blockdev-mirror"
 DRIVE_MIRROR: Final = "drive-mirror"
@@ -65,6 +65,17 @@ class Options:
         via: ``blockdev-mirror`` or ``drive-mirror``.
         on_error: what an I/O error does: ``report`` (end the job), ``stop``, ``ignore`` or
             ``enospc`` (stop only when space runs out).
+        reuse_external: the destination was prepared by the user: open it, do not format it.
+        overwrite: format a destination that holds something.
+        blockdev: the destination must be a block device.
+        creation: more options of ``blockdev-create`` for the new image, such as ``cluster-size``.
+        secret: a file with a passphrase; a new image is encrypted with LUKS.
+        tls_creds: a folder with TLS credentials, for NBD.
+        server_seconds: how long to wait for a server that is not up yet.
+        detect_zeroes: ``off``, ``on`` or ``unmap``; empty for the source's.
+        dest_is_zero: the destination is known to read as zeroes (QEMU 10.1).
+        keep_source: leave the old image open after a pivot.
+        check_base: compare the content of a prepared destination's base with the source's.
         then: how the copy is going to be ended in the mirroring phase: ``pivot``, ``finish``, or
             empty when that is open. Nothing acts on it but `recover`, should this process die.
         safe_start: stop the vCPUs while the mirror starts, on QEMUs that would miss writes then.
@@ -80,5 +91,16 @@ class Options:
         default=BLOCKDEV_MIRROR, validator=_one_of(BLOCKDEV_MIRROR, DRIVE_MIRROR)
     )
     on_error: str = attrs.field(default="report", validator=_one_of(*POLICIES))
+    reuse_external: bool = False
+    overwrite: bool = False
+    blockdev: bool = False
+    creation: Mapping[str, Any] = attrs.field(factory=dict)
+    secret: str = ""
+    tls_creds: str = ""
+    server_seconds: float = 0.0
+    detect_zeroes: str = attrs.field(default="", validator=_one_of("", "off", "on", "unmap"))
+    dest_is_zero: bool = False
+    keep_source: bool = False
+    check_base: bool = False
     then: str = attrs.field(default="", validator=_one_of("", "pivot", "finish"))
     safe_start: bool = True

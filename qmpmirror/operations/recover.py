@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qmpmirror.monitor import Monitor
     from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.copy import Copy
-    from qmpmirror.runs import Run
+    from qmpmirror.runs import OurJob, Run
     from qmpmirror.schema import Schema
 
 
@@ -96,7 +96,7 @@ async def recover(
     for run in found:
         if not dry_run:
             await _tidy(monitor, run)
-        if run.copy is None and run.file is None and run.header is None:
+        if run.copy is None and not run.is_unfinished(picture):
             continue
         if run.copy is None:
             findings.append(await _undo_creation(monitor, picture, run, dry_run=dry_run))
@@ -123,8 +123,9 @@ async def _recover_copy(  # noqa: PLR0917 - the run and all that is needed to ac
         finding = Finding(run.id, state, disk.name, copy.destination, disk.path, "")
         if dry_run:
             return attrs.evolve(finding, action=_intention(copy, state, way))
-        if run.file is not None:
-            await attempt(monitor, Command("job-dismiss", {"id": run.file.status.id}))
+        for created in (run.data, run.file):
+            if created is not None:
+                await attempt(monitor, Command("job-dismiss", {"id": created.status.id}))
         if state in {State.COPYING, State.MIRRORING} and way is Way.LEAVE:
             return attrs.evolve(finding, action="left running")
         try:
@@ -200,21 +201,29 @@ async def _undo_creation(monitor: Monitor, picture: Graph, run: Run, *, dry_run:
     if run.header is not None:
         await cancel_job(monitor, run.header.status.id)
     left = []
-    for role in ("format", "storage"):
+    for role in ("format", "base", "data", "storage"):
         name = names.node_name(run.id, role)
         if name in picture.nodes:
             reason = await attempt(monitor, Command("blockdev-del", {"node-name": name}))
             left += [f"node {name}: {reason}"] if reason else []
+    for role in ("secret", "tls"):
+        await attempt(monitor, Command("object-del", {"id": names.node_name(run.id, role)}))
     removed = False
-    if run.file is not None:
-        await attempt(monitor, Command("job-cancel", {"id": run.file.status.id}))
-        ours = Flag.CREATED in run.file.name.flags and discover.sees_our_files(monitor.pid)
-        if ours and not left:
-            removed = remove_file(path)
-        # Last: until then it is QEMU's record of the file.
-        await cancel_job(monitor, run.file.status.id)
+    for job in (run.data, run.file):
+        if job is not None:
+            removed |= await _undo_file(monitor, job, keep=bool(left))
     action = "undone, and the file was removed" if removed else "undone"
     return attrs.evolve(finding, action=action, left=tuple(left))
+
+
+async def _undo_file(monitor: Monitor, job: OurJob, *, keep: bool) -> bool:
+    """Remove the file that a job created, unless it was there before; then the job."""
+    await attempt(monitor, Command("job-cancel", {"id": job.status.id}))
+    ours = Flag.CREATED in job.name.flags and discover.sees_our_files(monitor.pid)
+    removed = ours and not keep and remove_file(job.name.source)
+    # Last: until then it is QEMU's record of the file.
+    await cancel_job(monitor, job.status.id)
+    return removed
 
 
 async def _tidy(monitor: Monitor, run: Run) -> None:

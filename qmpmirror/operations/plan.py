@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: MIT
+"""The plan of a copy: everything is read and checked, nothing is changed.
+
+It can be shown (``--print-qmp``) or carried out (`operations.blockcopy`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from qmpmirror import destination as places
+from qmpmirror import discover, disks, errors, graph, names, target
+from qmpmirror.life import Ending
+from qmpmirror.names import Flag, JobName, Mark
+from qmpmirror.operations.options import DRIVE_MIRROR, Options
+from qmpmirror.steps import Command, Execute, Step
+
+if TYPE_CHECKING:
+    from qmpmirror.destination import Destination
+    from qmpmirror.disks import Disk
+    from qmpmirror.graph import Graph, Node
+    from qmpmirror.monitor import Monitor
+    from qmpmirror.schema import Schema
+    from qmpmirror.target import Target, Wish
+
+
+@attrs.frozen
+class Plan:
+    """What a copy will do, checked against a live QEMU.
+
+    Attributes:
+        disk: the source.
+        destination: where the copy goes.
+        format: its image format.
+        job: the job's name.
+        shallow: whether the backing chain is shared: asked for, and there is one.
+        backing: the node that both images share; empty for a full copy.
+        prepare: the steps that create and open the target.
+        mirror: the command that starts the job.
+        last: what remains to be done once it runs.
+        stops_vcpus: whether the vCPUs are stopped while the mirror starts.
+        replaced: the nodes that a pivot makes superfluous, top down.
+    """
+
+    disk: Disk
+    destination: places.Destination
+    format: str
+    job: names.JobName
+    shallow: bool
+    backing: str
+    prepare: tuple[Step, ...]
+    mirror: Command
+    last: tuple[Step, ...]
+    stops_vcpus: bool
+    replaced: tuple[str, ...] = ()
+
+    @property
+    def target_node(self) -> str:
+        """The node that the job writes to."""
+        return names.node_name(self.job.run, "format")
+
+    def commands(self) -> list[Command]:
+        """Every command that starts the copy, in order."""
+        prepare = [command for step in self.prepare for command in step.commands()]
+        last = [command for step in self.last for command in step.commands()]
+        if not self.stops_vcpus:
+            return [*prepare, self.mirror, *last]
+        mark = [step.command for step in self.marks()]
+        return [*prepare, *mark, Command("stop"), self.mirror, Command("cont"), *last]
+
+    def ending_commands(self, ending: Ending | None) -> list[Command]:
+        """The commands that are going to end the copy in the mirroring phase, in order."""
+        if ending is None:
+            return []
+        job = str(self.job)
+        mark = {
+            "node": self.target_node,
+            "name": names.bitmap_name(self.job.run, Mark(ending.value)),
+        }
+        if ending is Ending.PIVOT:
+            end = Command("job-complete", {"id": job})
+            after = [Command("block-dirty-bitmap-remove", mark)]
+            gone = self.replaced
+        else:
+            end = Command("block-job-cancel", {"device": job, "force": False})
+            after = []
+            storage = names.node_name(self.job.run, "storage")
+            by_path = Flag.DRIVE_MIRROR in self.job.flags
+            gone = () if by_path else (self.target_node, storage)
+        delete = [Command("blockdev-del", {"node-name": name}) for name in gone]
+        dismiss = Command("job-dismiss", {"id": job})
+        return [Command("block-dirty-bitmap-add", mark), end, *after, *delete, dismiss]
+
+    def marks(self) -> list[Execute]:
+        """The bitmap that tells a later process that it was us who stopped the vCPUs."""
+        if Flag.DRIVE_MIRROR in self.job.flags:
+            return []  # its target node is not there yet
+        mark = {
+            "node": self.target_node,
+            "name": names.bitmap_name(self.job.run, Mark.STOPPED),
+        }
+        add, remove = "block-dirty-bitmap-add", "block-dirty-bitmap-remove"
+        return [Execute(Command(add, mark), Command(remove, mark))]
+
+
+async def plan(
+    monitor: Monitor, schema: Schema, disk_name: str, destination: str, options: Options
+) -> Plan:
+    """Read QEMU and check everything. Changes nothing.
+
+    Args:
+        monitor: the QEMU.
+        schema: what it can do.
+        disk_name: anything that identifies the disk.
+        destination: as `destination.parse` understands it.
+        options: how to copy.
+
+    Raises:
+        Refused: and its subclasses: the disk or the destination cannot be used as asked, or this
+            QEMU lacks something.
+    """
+    folder = discover.working_folder(monitor.pid)
+    picture = await graph.read(monitor)
+    disk = disks.find(await disks.read(monitor, picture, folder), disk_name)
+    stops_vcpus = options.safe_start and await _misses_writes_at_start(monitor, schema)
+    planner = _Planner(
+        schema=schema,
+        picture=picture,
+        folder=folder,
+        sees_our_files=discover.sees_our_files(monitor.pid),
+        options=options,
+        disk=disk,
+        source=_source(picture, disk, disk_name),
+    )
+    made = planner.plan(destination, stops_vcpus=stops_vcpus)
+    foreseen = [command for ending in Ending for command in made.ending_commands(ending)]
+    for command in [*made.commands(), *foreseen]:
+        schema.check(command.name, command.arguments)
+    return made
+
+
+def _source(picture: Graph, disk: Disk, disk_name: str) -> Node:
+    if disk.image is None:
+        raise errors.EmptyDrive(
+            f"disk {disk_name!r} has no medium: nothing to copy", disk=disk_name
+        )
+    jobs = picture.jobs_on(picture.stack(disk.node))
+    if jobs:
+        raise errors.DiskBusy(
+            f"disk {disk_name!r} already has a block job: {jobs[0]}",
+            disk=disk_name,
+            job_id=jobs[0],
+            hint="end that one first",
+        )
+    return disk.image
+
+
+@attrs.frozen(kw_only=True)
+class _Planner:
+    """What has been read, and the decisions that follow from it."""
+
+    schema: Schema
+    picture: Graph
+    folder: str | None
+    sees_our_files: bool
+    options: Options
+    disk: Disk
+    source: Node
+
+    @property
+    def by_path(self) -> bool:
+        """Whether QEMU itself opens the target, by its path."""
+        return self.options.via == DRIVE_MIRROR
+
+    @property
+    def backing(self) -> str:
+        """The node below the active image, if only that image is to be copied."""
+        return self.source.child("backing") if self.options.shallow else ""
+
+    def plan(self, text: str, *, stops_vcpus: bool) -> Plan:
+        where = self._look(places.parse(text))
+        wish = self._wish(where)
+        self._check(where, wish)
+        run = names.new_run()
+        made = self._target(run, where, wish)
+        own_chain = bool(made.flags & {Flag.LATE_CHAIN, Flag.OWN_CHAIN})
+        whole_chain = not self.backing or own_chain
+        replaced = self.picture.replaced_by_pivot(self.source.name, whole_chain=whole_chain)
+        others = tuple(name for name in replaced if name != self.source.name)
+        job = JobName("copy", run, made.flags | self._flags(), self.source.name, others)
+        return Plan(
+            disk=self.disk,
+            destination=where,
+            format=wish.format,
+            job=job,
+            shallow=bool(self.backing),
+            backing="" if own_chain else self.backing,
+            prepare=made.steps,
+            last=made.last,
+            mirror=self._mirror(job, where, wish, made),
+            replaced=() if self.options.keep_source else tuple(replaced),
+            stops_vcpus=stops_vcpus,
+        )
+
+    def _look(self, where: Destination) -> Destination:
+        if not where.is_local or not self.sees_our_files:
+            return where
+        paths = [self.picture.path(image.name) for image in self.picture.chain(self.disk.node)]
+        used = [os.path.join(self.folder or "", path) for path in paths if path]
+        return places.look(where, used, blockdev=self.options.blockdev)
+
+    def _wish(self, where: Destination) -> Wish:
+        """What the target shall be; a format that nobody gave is the source's, or is probed."""
+        options = self.options
+        new_format = options.format
+        if not new_format and where.kind is places.Kind.IMAGE:
+            new_format = str(where.options["driver"])
+        elif not new_format and options.reuse_external and where.is_local:
+            new_format = self._probe(where)
+        elif not new_format:
+            new_format = "raw" if where.kind is places.Kind.PROTOCOL else self.source.driver
+        if options.secret and new_format == "raw":
+            new_format = "luks"
+        return target.Wish(
+            format=new_format,
+            reuse=options.reuse_external or where.kind is places.Kind.IMAGE,
+            options=options.creation,
+            secret=options.secret,
+            tls_creds=options.tls_creds,
+            detect_zeroes=options.detect_zeroes,
+            synchronous=options.synchronous_writes,
+            is_zero=options.dest_is_zero,
+            server_seconds=options.server_seconds,
+        )
+
+    def _probe(self, where: Destination) -> str:
+        if not self.sees_our_files:
+            raise errors.DestinationError(
+                f"the format of {where.text} cannot be found out here: give --format",
+                destination=where.text,
+            )
+        if not where.exists:
+            return self.source.driver  # refused in a moment, for that
+        found = places.probe(where)
+        if found not in {"raw", self.source.driver}:
+            # What a guest wrote to a raw disk can look like any format.
+            raise errors.DestinationError(
+                f"{where.text} looks like {found}, but the source is {self.source.driver}",
+                destination=where.text,
+                hint=f"give --format {found}, or --format raw",
+            )
+        return found
+
+    def _check(self, where: Destination, wish: Wish) -> None:
+        if self.backing and not target.can_have_backing(wish.format):
+            raise errors.Refused(
+                f"shallow copy of disk {self.disk.name!r} into a {wish.format} file is not"
+                f" possible: {wish.format} cannot have a backing file"
+            )
+        if wish.format == "luks" and not wish.secret:
+            raise errors.Refused("format luks needs a passphrase", hint="give --secret FILE")
+        if where.is_local and self.sees_our_files:
+            self._check_presence(where, wish)
+        if self.by_path:
+            self._check_drive_mirror(where, wish)
+
+    def _check_presence(self, where: Destination, wish: Wish) -> None:
+        if wish.reuse and not where.exists:
+            raise errors.DestinationError(
+                f"{where.text} does not exist, so it cannot be reused",
+                destination=where.text,
+            )
+        if not where.exists or wish.reuse or self.options.overwrite:
+            return
+        if not places.is_empty(where):
+            raise errors.DestinationExists(
+                f"{where.text} exists already and is not empty",
+                destination=where.text,
+                hint="give a new path; --reuse-external opens it as it is, --overwrite formats it",
+            )
+
+    def _check_drive_mirror(self, where: Destination, wish: Wish) -> None:
+        if self.options.synchronous_writes and self.backing:
+            # drive-mirror opens its target without the backing file: guest writes smaller than a
+            # cluster would hide the base's data.
+            raise errors.Refused(
+                "synchronous writes with a shallow drive-mirror would corrupt the copy",
+                hint="use blockdev-mirror",
+            )
+        if where.kind is not places.Kind.FILE or wish.reuse or wish.options or wish.secret:
+            raise errors.Refused(
+                "drive-mirror takes a new file only, and no options for it",
+                hint="use blockdev-mirror",
+            )
+        if not self.disk.qom_path and not self.picture.is_used(self.disk.node):
+            # The target of a drive-mirror is the job's alone: after a pivot nobody would hold it.
+            raise errors.Refused(
+                f"drive-mirror of node {self.disk.node}, which nothing uses, would lose the copy"
+                " in a pivot",
+                hint="use blockdev-mirror",
+            )
+
+    def _target(self, run: str, where: Destination, wish: Wish) -> Target:
+        layout = target.Layout.of(self.source, wish.format)
+        if self.backing:
+            layout = layout.on(self.picture, self.backing, self.folder)
+        made = target.Planner(
+            run=run,
+            destination=where,
+            wish=wish,
+            layout=layout,
+            source=self.source,
+            schema=self.schema,
+            sees_our_files=self.sees_our_files,
+        ).plan()
+        if not self.by_path:
+            return made
+        if self.backing:
+            # drive-mirror itself makes the image: only then does it share the source's backing.
+            if not os.path.isabs(layout.backing_file) and ":" not in layout.backing_file:
+                raise errors.Refused("drive-mirror needs QEMU's disks to have absolute paths")
+            return target.Target(flags=made.flags)
+        # It opens the image by its path: instead of opening the format, the storage is closed.
+        close = Execute(Command("blockdev-del", {"node-name": names.node_name(run, "storage")}))
+        return attrs.evolve(made, steps=(*made.steps[:-1], close))
+
+    def _flags(self) -> frozenset[Flag]:
+        options = self.options
+        flags = {Flag.SHALLOW if self.backing else Flag.FULL}
+        if self.by_path:
+            flags.add(Flag.DRIVE_MIRROR)
+        if options.keep_source:
+            flags.add(Flag.KEEP_SOURCE)
+        if options.then:
+            flags.add(Flag.THEN_PIVOT if options.then == "pivot" else Flag.THEN_FINISH)
+        return frozenset(flags)
+
+    def _mirror(self, job: JobName, where: Destination, wish: Wish, made: Target) -> Command:
+        options = self.options
+        arguments: dict[str, Any] = {
+            "job-id": str(job),
+            "device": self.disk.node,
+            "target": names.node_name(job.run, "format"),
+            "sync": "top" if self.backing else "full",
+            "auto-finalize": True,
+            "auto-dismiss": False,
+            "on-source-error": "report" if options.on_error == "enospc" else options.on_error,
+            "on-target-error": options.on_error,
+        }
+        if self.by_path:
+            arguments["node-name"] = arguments["target"]
+            arguments["target"] = where.text
+            arguments["format"] = wish.format
+            arguments["mode"] = "absolute-paths" if self.backing else "existing"
+        elif made.zeroed and self.schema.has_argument(options.via, "target-is-zero"):
+            arguments["target-is-zero"] = True
+        elif options.dest_is_zero and not self.backing:
+            raise errors.Unsupported(
+                "this QEMU cannot be told that the destination is zero",
+                command=options.via,
+                argument="target-is-zero",
+                hint="QEMU 10.1 and newer can",
+            )
+        if self.source.name != self.disk.node:
+            # Filters stay above: the job reads through them and replaces the image below. Sent
+            # only when needed, because a second job-complete then crashes QEMU before 10.0.10.
+            arguments["replaces"] = self.source.name
+        if options.synchronous_writes:
+            arguments["copy-mode"] = "write-blocking"
+        optional = {
+            "speed": options.bandwidth,
+            "granularity": options.granularity,
+            "buf-size": options.buf_size,
+        }
+        arguments |= {key: value for key, value in optional.items() if value}
+        return Command(options.via, arguments)
+
+
+async def _misses_writes_at_start(monitor: Monitor, schema: Schema) -> bool:
+    """Whether this QEMU loses writes that come while a mirror starts.
+
+    "mirror: Fix missed dirty bitmap writes during startup" is in 10.0.10, 10.2.2 and 11.0; the bug
+    came with 8.2. No schema shows it, so this is the one place where a version decides: on caution.
+    """
+    if not schema.has_command("stop"):
+        return False
+    version = (await monitor.execute("query-version"))["qemu"]
+    number = (version["major"], version["minor"], version["micro"])
+    affected = (8, 2, 0) <= number < (10, 0, 10) or (10, 1, 0) <= number < (10, 2, 2)
+    return affected and (await monitor.execute("query-status"))["running"]
