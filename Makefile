@@ -20,7 +20,7 @@ test-fast: venv guest
 	$(PYTEST) -n 2 --dist worksteal -m "not slow" tests
 
 test-matrix: venv guest qemus  ## all tests on QEMU 5.2, 7.2, 10.0 and the newest
-	$(PYTEST) -n 2 --dist worksteal tests/qemu tests/guest $(addprefix --qemu ,$(QEMUS))
+	$(PYTEST) -n 2 --dist worksteal tests/qemu tests/guest $(addprefix --qemu=,$(QEMUS))
 
 check: venv  ## linters and types
 	$(VENV)/bin/ruff check

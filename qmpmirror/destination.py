@@ -74,6 +74,12 @@ def parse(text: str) -> Destination:
     """
     if not text or "\0" in text:
         raise errors.UsageError(f"destination {text!r} is no path")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise errors.UsageError(
+            f"destination {text!r} is not UTF-8, and QMP can carry nothing else"
+        ) from None
     if text.startswith("json:"):
         return _json(text)
     if text.startswith(("nbd://", "nbd+unix://")):

@@ -55,8 +55,12 @@ def _add_virsh_options(made: words.Parser) -> None:
         "--async", dest="async_", action="store_true", help="do not wait for the ending itself"
     )
     group.add_argument("--format", metavar="FORMAT", help="of the copy (default: the source's)")
-    group.add_argument("--granularity", metavar="BYTES", help="of the dirty bitmap, a power of two")
-    group.add_argument("--buf-size", metavar="BYTES", help="how much is in flight at once")
+    group.add_argument(
+        "--granularity", default="0", metavar="BYTES", help="of the dirty bitmap, a power of two"
+    )
+    group.add_argument(
+        "--buf-size", default="0", metavar="BYTES", help="how much is in flight at once"
+    )
     group.add_argument(
         "--timeout",
         type=words.seconds,
@@ -126,6 +130,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code."""
     made = parser()
     arguments = made.parse(argv)
+    if arguments.bandwidth is None:
+        arguments.bandwidth = "0"
     arguments.wait |= bool(arguments.pivot or arguments.finish or arguments.timeout)
     for given, flag in ((arguments.verbose, "--verbose"), (arguments.async_, "--async")):
         if given and not arguments.wait:
@@ -147,9 +153,9 @@ def _options(made: words.Parser, arguments: argparse.Namespace) -> Options:
         return Options(
             shallow=arguments.shallow,
             format="raw" if arguments.raw else arguments.format or "",
-            bandwidth=words.bandwidth(arguments.bandwidth or "0", in_bytes=arguments.bytes),
-            granularity=words.size(arguments.granularity or "0", what="granularity"),
-            buf_size=words.size(arguments.buf_size or "0", what="buf-size"),
+            bandwidth=words.bandwidth(arguments.bandwidth, in_bytes=arguments.bytes),
+            granularity=words.size(arguments.granularity, what="granularity"),
+            buf_size=words.size(arguments.buf_size, what="buf-size"),
             synchronous_writes=arguments.synchronous_writes,
             via=arguments.via,
             on_error=arguments.on_error,

@@ -27,6 +27,8 @@ async def copy_disk(
     ending = _ending(arguments)
     async with await interrupts.guard(open_machine(arguments)) as vm:
         plan = await interrupts.guard(vm.plan_blockcopy(arguments.path, arguments.dest, options))
+        for note in plan.notes:
+            output.note(f"note: {note}")
         if arguments.print_qmp:
             return _print(plan, ending, output)
         try:
@@ -81,4 +83,5 @@ def _start_fields(plan: Plan) -> dict[str, Any]:
         "destination": plan.destination.text,
         "format": plan.format,
         "shallow": plan.shallow,
+        "notes": list(plan.notes),
     }

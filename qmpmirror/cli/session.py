@@ -228,7 +228,7 @@ class CopySession:
 
     def _result_fields(self, result: Result) -> dict[str, Any]:
         fields = attrs.asdict(result) | {"outcome": result.outcome.value, "job": self.copy.id}
-        fields["left"] = list(result.left)
+        fields["left"], fields["notes"] = list(result.left), list(result.notes)
         if result.outcome is Phase.PIVOTED:
             fields["launch"] = self._launch(result)
         return fields

@@ -6,19 +6,17 @@ This carries out a plan; a start that fails takes everything back.
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from qmpmirror import errors
 from qmpmirror.job import Job
 from qmpmirror.operations.copy import Copy
 from qmpmirror.operations.options import DRIVE_MIRROR
-from qmpmirror.steps import Command, attempt, cancel_job
+from qmpmirror.operations.safe_start import vcpus_stopped
+from qmpmirror.steps import cancel_job
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from qmpmirror.monitor import Monitor
     from qmpmirror.operations.plan import Plan
     from qmpmirror.schema import Schema
@@ -41,10 +39,8 @@ async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
                 await step.run(monitor, undo)
             undo.enter_context(job)
             undo.push_async_callback(cancel_job, monitor, job.id)
-            async with _vcpus_stopped(monitor, plan):
+            async with vcpus_stopped(monitor, job, plan.job if plan.stops_vcpus else None):
                 await monitor.execute(plan.mirror.name, plan.mirror.arguments)
-                if plan.stops_vcpus:
-                    await _initialized(job)
             for step in plan.last:
                 await step.run(monitor, undo)
             await job.refresh()
@@ -61,28 +57,6 @@ async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
         format=plan.format,
         backing=plan.backing,
     )
-
-
-@asynccontextmanager
-async def _vcpus_stopped(monitor: Monitor, plan: Plan) -> AsyncIterator[None]:
-    if not plan.stops_vcpus:
-        yield
-        return
-    async with AsyncExitStack() as undo:
-        for step in plan.marks():
-            await step.run(monitor, undo)
-        undo.push_async_callback(attempt, monitor, Command("cont"))
-        await monitor.execute("stop")
-        yield
-
-
-async def _initialized(job: Job) -> None:
-    """Wait until the mirror has looked through the source: from then on it misses no write."""
-    while not job.life.mirrored and not job.life.concluded:
-        found = await job.refresh()
-        if found is None or found.total:
-            return
-        await asyncio.sleep(0.01)
 
 
 def _explained(error: errors.CommandFailed, plan: Plan) -> errors.Error:

@@ -38,6 +38,7 @@ class Result:
         consistent: whether the destination holds a whole copy (after a pivot: is the disk).
         removed: whether the destination's file was removed, because the copy was not whole.
         left: what could not be cleaned up, one entry each.
+        notes: what the user must know, one sentence each.
     """
 
     outcome: Phase
@@ -48,6 +49,7 @@ class Result:
     consistent: bool
     removed: bool = False
     left: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 async def conclude(copy: Copy) -> Result:
@@ -84,6 +86,7 @@ async def conclude(copy: Copy) -> Result:
         consistent=consistent,
         removed=removed,
         left=tuple(left),
+        notes=tuple(copy.notes),
     )
 
 
@@ -177,7 +180,10 @@ def _remove_worthless_file(copy: Copy, before: Graph, active: Active) -> bool:
 def _failure(
     copy: Copy, error: str, active: Active, where: str, left: Sequence[str]
 ) -> errors.JobFailed:
-    reason = error or "the disk has another image now, or is gone"
+    reason = error
+    if not reason and active is Active.SOURCE:
+        reason = "somebody dismissed its job before the error could be read"
+    reason = reason or "the disk has another image now, or is gone"
     description = f"the copy of {copy.disk.name} failed: {reason}"
     if active is Active.SOURCE:
         description += f"; the guest runs on {where}, which is complete"

@@ -7,7 +7,7 @@ Whatever was asked for, the outcome is read back from QEMU's graph after the job
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -15,10 +15,14 @@ from qmpmirror import errors, graph, names
 from qmpmirror.job import STALL_SECONDS
 from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
 from qmpmirror.names import Flag, JobName, Mark
+from qmpmirror.operations import bitmaps
 from qmpmirror.operations.chain import attach_own_chain
 from qmpmirror.operations.conclusion import Result, conclude
 from qmpmirror.operations.handle import BlockJob
 from qmpmirror.steps import Command, attempt
+
+if TYPE_CHECKING:
+    from qmpmirror.graph import Graph
 
 _CONVERGE_SECONDS: Final = 2.0
 _MARKS: Final = {
@@ -38,12 +42,14 @@ class Copy(BlockJob):
         format: the copy's image format.
         backing: the node that both images share; empty when there is none, or the copy has a chain
             of its own.
+        notes: what the user must know, one sentence each.
     """
 
     name: JobName
     destination: str
     format: str
     backing: str
+    notes: list[str] = attrs.field(factory=list, init=False)
     _result: Result | None = attrs.field(default=None, init=False)
 
     @property
@@ -154,7 +160,11 @@ class Copy(BlockJob):
         """
         asked = self.job.life.asked
         while asked is not None and not await self.job.wait(_concluded, seconds=_CONVERGE_SECONDS):
-            if asked is not Ending.PIVOT or await self._may_complete_again():
+            if asked is not Ending.PIVOT:
+                await self._send(asked, force=False)
+            elif await self._may_complete_again():
+                await self._check_pivot(await graph.read(self.monitor))
+                await self._carry_bitmaps()
                 await self._send(asked, force=False)
         return await self._conclude()
 
@@ -219,6 +229,8 @@ class Copy(BlockJob):
             raise self._already()
         await self._check_target(ending)
         await self._mark(_MARKS[ending])
+        if ending is Ending.PIVOT:
+            await self._carry_bitmaps()
         if ending is not Ending.ABORT:
             await self._unlimit()
         try:
@@ -276,18 +288,19 @@ class Copy(BlockJob):
         return {"id": self.id, "type": "mirror", "copy-mode": "write-blocking"}
 
     async def _check_target(self, ending: Ending) -> None:
-        """Look at the target before an ending: at its marks, and for a pivot at its backing.
-
-        A prepared image whose chain is opened late gets it now.
-        """
+        """Look at the target before an ending."""
         picture = await graph.read(self.monitor)
         node = picture.nodes.get(self.target_node)
         marks = {names.parse_bitmap(bitmap.name) for bitmap in node.bitmaps} if node else set()
         asked_by_others = marks & {(self.name.run, mark) for mark in _MARKS.values()}
         if asked_by_others and self.job.life.asked is None:
             raise self._already()
-        if ending is not Ending.PIVOT:
-            return
+        if ending is Ending.PIVOT:
+            await self._check_pivot(picture)
+
+    async def _check_pivot(self, picture: Graph) -> None:
+        """Refuse a switch that would lose data or end QEMU; give a late chain to the target."""
+        node = picture.nodes.get(self.target_node)
         if any(user.writes for user in picture.users.get(self.name.source, ())):
             # It came after the mirror's filter and below it. QEMU 5.2 would abort at the switch.
             raise errors.JobError(
@@ -311,6 +324,10 @@ class Copy(BlockJob):
         """A bandwidth limit holds during the ending too, and would only prolong it."""
         if (await self.info()).speed:
             await self.set_bandwidth(0)
+
+    async def _carry_bitmaps(self) -> None:
+        picture = await graph.read(self.monitor)
+        self.notes += await bitmaps.carry(self.monitor, picture, self.name)
 
     async def _mark(self, mark: Mark) -> None:
         """Write down in QEMU what is being asked for, before it is asked for."""

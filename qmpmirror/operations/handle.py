@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qmpmirror.schema import Schema
 
 _SMOOTHING: Final = 0.3
+_MIRRORED: Final = frozenset(
+    {Phase.MIRRORING, Phase.PIVOTING, Phase.FINISHING, Phase.PIVOTED, Phase.FINISHED}
+)
 
 
 @attrs.frozen
@@ -43,7 +46,7 @@ class Progress:
     @property
     def percent(self) -> float:
         """0 to 100; 100 only in the mirroring phase."""
-        if self.phase is not Phase.COPYING:
+        if self.phase in _MIRRORED:
             return 100.0
         if not self.length:
             return 0.0

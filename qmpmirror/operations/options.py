@@ -45,7 +45,9 @@ def _one_of(*allowed: str) -> Callable[[Any, attrs.Attribute[str], str], None]:
     def check(_: object, attribute: attrs.Attribute[str], value: str) -> None:
         if value not in allowed:
             name = attribute.name.replace("_", "-")
-            raise errors.UsageError(f"{name} {value!r} is none of {', '.join(allowed)}")
+            raise errors.UsageError(
+                f"{name} {value!r} is none of {', '.join(filter(None, allowed))}"
+            )
 
     return check
 

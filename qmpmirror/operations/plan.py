@@ -15,10 +15,14 @@ from qmpmirror import destination as places
 from qmpmirror import discover, disks, errors, graph, names, target
 from qmpmirror.life import Ending
 from qmpmirror.names import Flag, JobName, Mark
+from qmpmirror.operations import bitmaps
 from qmpmirror.operations.options import DRIVE_MIRROR, Options
+from qmpmirror.operations.safe_start import misses_writes_at_start, stop_marks
 from qmpmirror.steps import Command, Execute, Step
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qmpmirror.destination import Destination
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph, Node
@@ -43,6 +47,7 @@ class Plan:
         last: what remains to be done once it runs.
         stops_vcpus: whether the vCPUs are stopped while the mirror starts.
         replaced: the nodes that a pivot makes superfluous, top down.
+        notes: what the user must know before it starts, one sentence each.
     """
 
     disk: Disk
@@ -56,6 +61,7 @@ class Plan:
     last: tuple[Step, ...]
     stops_vcpus: bool
     replaced: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def target_node(self) -> str:
@@ -68,7 +74,7 @@ class Plan:
         last = [command for step in self.last for command in step.commands()]
         if not self.stops_vcpus:
             return [*prepare, self.mirror, *last]
-        mark = [step.command for step in self.marks()]
+        mark = [step.command for step in stop_marks(self.job)]
         return [*prepare, *mark, Command("stop"), self.mirror, Command("cont"), *last]
 
     def ending_commands(self, ending: Ending | None) -> list[Command]:
@@ -94,17 +100,6 @@ class Plan:
         dismiss = Command("job-dismiss", {"id": job})
         return [Command("block-dirty-bitmap-add", mark), end, *after, *delete, dismiss]
 
-    def marks(self) -> list[Execute]:
-        """The bitmap that tells a later process that it was us who stopped the vCPUs."""
-        if Flag.DRIVE_MIRROR in self.job.flags:
-            return []  # its target node is not there yet
-        mark = {
-            "node": self.target_node,
-            "name": names.bitmap_name(self.job.run, Mark.STOPPED),
-        }
-        add, remove = "block-dirty-bitmap-add", "block-dirty-bitmap-remove"
-        return [Execute(Command(add, mark), Command(remove, mark))]
-
 
 async def plan(
     monitor: Monitor, schema: Schema, disk_name: str, destination: str, options: Options
@@ -125,7 +120,7 @@ async def plan(
     folder = discover.working_folder(monitor.pid)
     picture = await graph.read(monitor)
     disk = disks.find(await disks.read(monitor, picture, folder), disk_name)
-    stops_vcpus = options.safe_start and await _misses_writes_at_start(monitor, schema)
+    stops_vcpus = options.safe_start and await misses_writes_at_start(monitor, schema)
     planner = _Planner(
         schema=schema,
         picture=picture,
@@ -203,6 +198,7 @@ class _Planner:
             mirror=self._mirror(job, where, wish, made),
             replaced=() if self.options.keep_source else tuple(replaced),
             stops_vcpus=stops_vcpus,
+            notes=tuple(self._notes(wish)),
         )
 
     def _look(self, where: Destination) -> Destination:
@@ -327,6 +323,17 @@ class _Planner:
         close = Execute(Command("blockdev-del", {"node-name": names.node_name(run, "storage")}))
         return attrs.evolve(made, steps=(*made.steps[:-1], close))
 
+    def _notes(self, wish: Wish) -> Iterator[str]:
+        yield from bitmaps.losses(self.source, wish.format)
+        filters = {self.picture.nodes[name].driver for name in self.picture.stack(self.disk.node)}
+        if "copy-on-read" in filters and not self.backing and self.source.child("backing"):
+            yield (
+                "the copy reads through the disk's copy-on-read filter: the source will grow by"
+                " what its backing files hold"
+            )
+        if "throttle" in filters:
+            yield "the copy reads through the disk's throttle filter: it uses up the guest's share"
+
     def _flags(self) -> frozenset[Flag]:
         options = self.options
         flags = {Flag.SHALLOW if self.backing else Flag.FULL}
@@ -377,17 +384,3 @@ class _Planner:
         }
         arguments |= {key: value for key, value in optional.items() if value}
         return Command(options.via, arguments)
-
-
-async def _misses_writes_at_start(monitor: Monitor, schema: Schema) -> bool:
-    """Whether this QEMU loses writes that come while a mirror starts.
-
-    "mirror: Fix missed dirty bitmap writes during startup" is in 10.0.10, 10.2.2 and 11.0; the bug
-    came with 8.2. No schema shows it, so this is the one place where a version decides: on caution.
-    """
-    if not schema.has_command("stop"):
-        return False
-    version = (await monitor.execute("query-version"))["qemu"]
-    number = (version["major"], version["minor"], version["micro"])
-    affected = (8, 2, 0) <= number < (10, 0, 10) or (10, 1, 0) <= number < (10, 2, 2)
-    return affected and (await monitor.execute("query-status"))["running"]

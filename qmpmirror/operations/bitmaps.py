@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""Dirty bitmaps carried from the source to the copy, just before a pivot.
+
+The target's bitmaps are created while the mirror still writes every change of the guest to both
+images, so that nothing is missed; at worst a little more is marked as dirty than was written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qmpmirror import names
+from qmpmirror.names import Flag
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qmpmirror.graph import Bitmap, Graph, Node
+    from qmpmirror.monitor import Monitor
+    from qmpmirror.names import JobName
+
+_STORES_BITMAPS = "qcow2"
+
+
+async def carry(monitor: Monitor, picture: Graph, name: JobName) -> list[str]:
+    """Give the target the bitmaps of the source, in one ``transaction``; it can be repeated.
+
+    A shallow copy takes those of the top image; a full one those of the whole chain, as far down as
+    each goes without a gap.
+
+    Returns:
+        What somebody who relies on bitmaps must know.
+    """
+    source = picture.nodes.get(name.source)
+    target = picture.nodes.get(names.node_name(name.run, "format"))
+    if source is None or target is None:
+        return []
+    images = [source] if Flag.SHALLOW in name.flags else picture.chain(source.name)
+    known = {bitmap.name for bitmap in target.bitmaps}
+    actions: list[dict[str, Any]] = []
+    notes = losses(source, target.driver)
+    for bitmap in carried(source):
+        if bitmap.name not in known:
+            actions.append(_add(target, bitmap))
+        actions.append(_merge(target, bitmap, _layers(images, bitmap.name)))
+    if actions:
+        await monitor.execute("transaction", {"actions": actions})
+    return notes
+
+
+def carried(source: Node) -> list[Bitmap]:
+    """The bitmaps of an image that are anybody's and can be used."""
+    return [
+        bitmap
+        for bitmap in source.bitmaps
+        if bitmap.name and not bitmap.inconsistent and names.parse_bitmap(bitmap.name) is None
+    ]
+
+
+def losses(source: Node, new_format: str) -> list[str]:
+    """What a copy in a format cannot keep of the source's bitmaps, in sentences."""
+    notes = [
+        f"bitmap {bitmap.name} is inconsistent, since a crash: it is not carried over"
+        for bitmap in source.bitmaps
+        if bitmap.inconsistent
+    ]
+    if new_format != _STORES_BITMAPS:
+        notes += [
+            f"bitmap {bitmap.name} will be lost when QEMU ends: {new_format} cannot store it"
+            for bitmap in carried(source)
+            if bitmap.persistent
+        ]
+    return notes
+
+
+def _layers(images: Sequence[Node], name: str) -> list[Node]:
+    """The images from the top one down that have the bitmap, without a gap."""
+    found = []
+    for image in images:
+        if not any(bitmap.name == name for bitmap in carried(image)):
+            break
+        found.append(image)
+    return found
+
+
+def _add(target: Node, bitmap: Bitmap) -> dict[str, Any]:
+    data = {
+        "node": target.name,
+        "name": bitmap.name,
+        "granularity": bitmap.granularity,
+        "persistent": bitmap.persistent and target.driver == _STORES_BITMAPS,
+        "disabled": not bitmap.recording,
+    }
+    return {"type": "block-dirty-bitmap-add", "data": data}
+
+
+def _merge(target: Node, bitmap: Bitmap, layers: Sequence[Node]) -> dict[str, Any]:
+    data = {
+        "node": target.name,
+        "target": bitmap.name,
+        "bitmaps": [{"node": layer.name, "name": bitmap.name} for layer in layers],
+    }
+    return {"type": "block-dirty-bitmap-merge", "data": data}
