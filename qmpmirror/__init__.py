@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     )
     from qmpmirror.graph import Graph, Node
     from qmpmirror.job import JobInfo
-    from qmpmirror.life import Phase
+    from qmpmirror.life import Ending, Phase
     from qmpmirror.machine import Machine, connect
     from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.copy import Copy
@@ -60,6 +60,7 @@ _HOMES = {
     "BlockJob": "operations.handle",
     "Copy": "operations.copy",
     "Disk": "disks",
+    "Ending": "life",
     "Finding": "operations.recover",
     "Graph": "graph",
     "JobInfo": "job",
@@ -91,6 +92,7 @@ __all__ = [
     "DiskError",
     "DiskNotFound",
     "EmptyDrive",
+    "Ending",
     "EndingAlreadyAsked",
     "Error",
     "Finding",

@@ -91,7 +91,7 @@ async def _attempt(
     except asyncio.TimeoutError:
         raise _NotYetError from None
     except ClientConnectError as error:
-        if isinstance(error.exc, (ProtocolError, ValueError)):
+        if _is_foreign(error.exc):
             raise errors.NotQMP(
                 f"{endpoint} does not speak QMP: {_root_cause(error.exc)}",
                 address=domain.text,
@@ -101,6 +101,14 @@ async def _attempt(
     return Monitor(
         client, address=str(endpoint), pid=pid or domain.pid, owned=True, transcript=transcript
     )
+
+
+def _is_foreign(error: BaseException) -> bool:
+    """Whether what came is no QMP; half a greeting is: its QEMU has ended in that moment."""
+    if not isinstance(error, (ProtocolError, ValueError)):
+        return False
+    raw = getattr(error.__cause__, "raw", b"")
+    return not raw.startswith(b'{"QMP"')
 
 
 async def _hang_up(client: Client) -> None:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from qmpmirror import errors, graph
-from qmpmirror.steps import Command, attempt
+from qmpmirror.steps import Command
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from contextlib import AsyncExitStack
 
     from qmpmirror.graph import Node
     from qmpmirror.monitor import Monitor
+    from qmpmirror.undo import Undo
 
 _RETRY_SECONDS: Final = 0.5
 
@@ -49,7 +49,7 @@ class OpenImage:
         """What will be sent, in order."""
         return [Command("blockdev-add", self.options)]
 
-    async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:
+    async def run(self, monitor: Monitor, undo: Undo) -> None:
         """Open it.
 
         Raises:
@@ -60,7 +60,7 @@ class OpenImage:
         if self.storage and options["driver"] == "raw":
             options |= await self._window(monitor)
         name = options["node-name"]
-        undo.push_async_callback(attempt, monitor, Command("blockdev-del", {"node-name": name}))
+        undo.command(monitor, Command("blockdev-del", {"node-name": name}))
         await self._add(monitor, options)
         if self.size or self.needs_backing:
             picture = await graph.read(monitor)

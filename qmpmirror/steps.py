@@ -19,9 +19,9 @@ from qmpmirror.job import Job
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from contextlib import AsyncExitStack
 
     from qmpmirror.monitor import Monitor
+    from qmpmirror.undo import Undo
 
 log = logging.getLogger("qmpmirror.steps")
 
@@ -46,7 +46,7 @@ class Step(Protocol):
     def commands(self) -> list[Command]:
         """What will be sent, in order."""
 
-    async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:
+    async def run(self, monitor: Monitor, undo: Undo) -> None:
         """Do it, after registering on ``undo`` how to take it back."""
 
 
@@ -66,10 +66,10 @@ class Execute:
         """What will be sent, in order."""
         return [self.command]
 
-    async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:
+    async def run(self, monitor: Monitor, undo: Undo) -> None:
         """Send the command."""
         if self.reverse is not None:
-            undo.push_async_callback(attempt, monitor, self.reverse)
+            undo.command(monitor, self.reverse)
         await monitor.execute(self.command.name, self.command.arguments)
 
 
@@ -99,15 +99,15 @@ class CreateImage:
         """The step that makes QEMU forget the job."""
         return Execute(Command("job-dismiss", {"id": self.job_id}))
 
-    async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:
+    async def run(self, monitor: Monitor, undo: Undo) -> None:
         """Create it and wait for the end.
 
         Raises:
             CommandFailed: with the job's error as reason, if it failed.
         """
         if self.makes_file:
-            undo.callback(_discard, self.makes_file)
-        undo.push_async_callback(cancel_job, monitor, self.job_id)
+            undo.add(f"remove {self.makes_file}", _discard, self.makes_file)
+        undo.add(f"cancel job {self.job_id}", cancel_job, monitor, self.job_id)
         (create,) = self.commands()
         with Job(monitor, self.job_id) as job:
             await monitor.execute(create.name, create.arguments)
@@ -137,7 +137,7 @@ class ProveAbsent:
         }
         return [Command("blockdev-add", options)]
 
-    async def run(self, monitor: Monitor, undo: AsyncExitStack) -> None:  # noqa: ARG002 - Step
+    async def run(self, monitor: Monitor, undo: Undo) -> None:  # noqa: ARG002 - Step
         """Try to open it.
 
         Raises:
@@ -184,14 +184,13 @@ def remove_file(path: str) -> bool:
         os.unlink(path)
     except FileNotFoundError:
         return False
+    except OSError:
+        # A read-only file system says so even of a file that is not there.
+        if os.path.lexists(path):
+            raise
+        return False
     return True
 
 
-def _discard(path: str) -> None:
-    """Remove a file while an error is under way, which must not be hidden by another one."""
-    try:
-        remove_file(path)
-    except OSError as error:
-        # A read-only file system says so even of a file that is not there.
-        if os.path.lexists(path):
-            log.warning("%s could not be removed: %s", path, error.strerror)
+async def _discard(path: str) -> None:
+    remove_file(path)

@@ -6,7 +6,6 @@ This carries out a plan; a start that fails takes everything back.
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from qmpmirror import errors
@@ -15,6 +14,7 @@ from qmpmirror.operations.copy import Copy
 from qmpmirror.operations.options import DRIVE_MIRROR
 from qmpmirror.operations.safe_start import vcpus_stopped
 from qmpmirror.steps import cancel_job
+from qmpmirror.undo import Undo
 
 if TYPE_CHECKING:
     from qmpmirror.monitor import Monitor
@@ -30,23 +30,22 @@ async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
 
     Raises:
         CommandFailed: QEMU refused a command.
-        ConnectionLost: the connection ended; what was done is still there.
+        ConnectionLost: the connection ended; what was done is still there, for `recover`.
     """
     job = Job(monitor, str(plan.job))
-    async with AsyncExitStack() as undo:
-        try:
-            for step in plan.prepare:
-                await step.run(monitor, undo)
-            undo.enter_context(job)
-            undo.push_async_callback(cancel_job, monitor, job.id)
-            async with vcpus_stopped(monitor, job, plan.job if plan.stops_vcpus else None):
-                await monitor.execute(plan.mirror.name, plan.mirror.arguments)
-            for step in plan.last:
-                await step.run(monitor, undo)
-            await job.refresh()
-        except errors.CommandFailed as error:
-            raise _explained(error, plan) from error
-        undo.pop_all()
+    undo = Undo()
+    try:
+        await _carry_out(monitor, job, plan, undo)
+    except BaseException as error:
+        left = () if isinstance(error, errors.ConnectionLost) else await undo.run()
+        job.close()
+        if isinstance(error, errors.CommandFailed):
+            explained = _explained(error, plan)
+            explained.left = left
+            raise explained from error
+        if isinstance(error, errors.Error):
+            error.left = left
+        raise
     return Copy(
         monitor=monitor,
         schema=schema,
@@ -57,6 +56,18 @@ async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
         format=plan.format,
         backing=plan.backing,
     )
+
+
+async def _carry_out(monitor: Monitor, job: Job, plan: Plan, undo: Undo) -> None:
+    for step in plan.prepare:
+        await step.run(monitor, undo)
+    job.__enter__()
+    undo.add(f"cancel job {job.id}", cancel_job, monitor, job.id)
+    async with vcpus_stopped(monitor, job, plan.job if plan.stops_vcpus else None):
+        await monitor.execute(plan.mirror.name, plan.mirror.arguments)
+    for step in plan.last:
+        await step.run(monitor, undo)
+    await job.refresh()
 
 
 def _explained(error: errors.CommandFailed, plan: Plan) -> errors.Error:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qmpmirror import names
 from qmpmirror.names import Flag, Mark
-from qmpmirror.steps import Command, Execute, attempt
+from qmpmirror.steps import Command, Execute
+from qmpmirror.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -52,13 +53,17 @@ async def vcpus_stopped(monitor: Monitor, job: Job, name: JobName | None) -> Asy
     if name is None:
         yield
         return
-    async with AsyncExitStack() as undo:
+    undo = Undo()
+    try:
         for step in stop_marks(name):
             await step.run(monitor, undo)
-        undo.push_async_callback(attempt, monitor, Command("cont"))
+        undo.command(monitor, Command("cont"))
         await monitor.execute("stop")
         yield
         await _initialized(job)
+    finally:
+        # In any case: nothing is worse than a guest that stands still.
+        await undo.run()
 
 
 async def _initialized(job: Job) -> None:
