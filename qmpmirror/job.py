@@ -28,7 +28,8 @@ STALL_SECONDS: Final = 600.0
 """How long a job may go without any progress before a wait for it gives up."""
 
 _CHECK_SECONDS: Final = 5.0
-_PAUSED: Final = frozenset({"paused", "standby"})
+PAUSED: Final = frozenset({"paused", "standby"})
+"""A user's pause, that of an I/O error, or just a moment in which QEMU drains its nodes."""
 
 
 @attrs.frozen
@@ -193,7 +194,7 @@ class Job:
             if await self._pause(pause) or self.monitor.loss is not None:
                 continue
             latest = await self.refresh()
-            if latest != progress or (latest is not None and latest.status in _PAUSED):
+            if latest != progress or (latest is not None and latest.status in PAUSED):
                 progress, moved = latest, time.monotonic()
             elif time.monotonic() - moved >= stall_seconds:
                 raise errors.Stalled(

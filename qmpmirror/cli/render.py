@@ -108,6 +108,8 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _details(progress: Progress) -> str:
+    if progress.io_status != "ok":
+        return f" stopped by an I/O error ({progress.io_status}); blockjob --resume lets it go on"
     if not progress.length:
         return ""
     details = f" {human_size(progress.offset)} of {human_size(progress.length)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.copy import Copy
 
+_ENDING_CHECKS: Final = 40
+_ENDING_PAUSE: Final = 0.05
 _SUCCESS = {Phase.PIVOTED: "Successfully pivoted", Phase.FINISHED: "Successfully copied"}
 
 
@@ -61,7 +63,7 @@ class CopySession:
                 self._ended(self.copy.result, self.wanted, Exit.DONE)
             return True
         if isinstance(exc, errors.ConnectionLost):
-            raise self._explained(exc) from exc
+            raise await self._explained(exc) from exc
         if isinstance(exc, errors.CommandFailed):
             self.output.note(f"job {self.copy.id} goes on in QEMU; qmpmirror blockjob shows it")
         return False
@@ -184,12 +186,12 @@ class CopySession:
         )
         self.output.event("result", outcome=self.copy.phase.value, exit=int(code), job=self.copy.id)
 
-    def _explained(self, error: errors.ConnectionLost) -> errors.ConnectionLost:
+    async def _explained(self, error: errors.ConnectionLost) -> errors.ConnectionLost:
         """What the loss of the connection means for the two images."""
         source, destination = self.copy.disk.path, self.copy.destination
         pivoting = self.copy.job.life.asked is Ending.PIVOT
         pid = self.copy.monitor.pid
-        if pid is not None and discover.has_ended(pid):
+        if pid is not None and await _has_ended(pid):
             what = f"QEMU (pid {pid}) has ended"
             advice = f"{source} holds all that the guest wrote; {destination} is not complete"
             if pivoting:
@@ -232,3 +234,12 @@ class CopySession:
         if result.outcome is Phase.PIVOTED:
             fields["launch"] = self._launch(result)
         return fields
+
+
+async def _has_ended(pid: int) -> bool:
+    """Whether a QEMU has ended that has just hung up: it does that a moment before."""
+    for _ in range(_ENDING_CHECKS):
+        if discover.has_ended(pid):
+            return True
+        await asyncio.sleep(_ENDING_PAUSE)
+    return discover.has_ended(pid)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from qmpmirror import errors, graph, names
-from qmpmirror.job import STALL_SECONDS
+from qmpmirror.job import PAUSED, STALL_SECONDS
 from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
 from qmpmirror.names import Flag, JobName, Mark
 from qmpmirror.operations import bitmaps
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qmpmirror.graph import Graph
 
 _CONVERGE_SECONDS: Final = 2.0
+_PAUSE_SECONDS: Final = 1.0
 _MARKS: Final = {
     Ending.PIVOT: Mark.PIVOT,
     Ending.FINISH: Mark.FINISH,
@@ -227,22 +228,39 @@ class Copy(BlockJob):
             )
         if life.phase.over or (life.asked is not None and not force):
             raise self._already()
+        if not force:
+            await self._check_not_paused()
         await self._check_target(ending)
         await self._mark(_MARKS[ending])
-        if ending is Ending.PIVOT:
-            await self._carry_bitmaps()
-        if ending is not Ending.ABORT:
-            await self._unlimit()
         try:
+            await self._prepare(ending)
             life.ask(ending, force=force)
+            await self._send(ending, force=force or life.phase is Phase.COPYING)
         except IllegalTransitionError:
             raise self._already() from None
-        try:
-            await self._send(ending, force=force or life.phase is Phase.COPYING)
         except errors.CommandFailed:
-            self.job.life.refused()
+            if life.asked is ending:
+                self.job.life.refused()
             await self._unmark(_MARKS[ending])
             raise
+
+    async def _check_not_paused(self) -> None:
+        """A pause that lasts is a user's, or that of an I/O error: no ending could ever come."""
+        if not await self.job.wait(_runs, seconds=_PAUSE_SECONDS):
+            info = await self.info()
+            why = "" if info.io_status == "ok" else f" by an I/O error ({info.io_status})"
+            raise errors.JobError(
+                f"the copy of {self.disk.name} is paused{why}",
+                job_id=self.id,
+                hint="resume it first; an abort can be forced",
+            )
+
+    async def _prepare(self, ending: Ending) -> None:
+        if ending is Ending.PIVOT:
+            await self._carry_bitmaps()
+        if ending is not Ending.ABORT and (await self.info()).speed:
+            # A limit holds during the ending too, and would only prolong it.
+            await self.set_bandwidth(0)
 
     async def _send(self, ending: Ending, *, force: bool) -> None:
         if ending is not Ending.PIVOT:
@@ -256,7 +274,7 @@ class Copy(BlockJob):
                 # QEMU 5.2 refuses in the short standby of a drain: it has not taken the request.
                 if self.job.life.status != "standby":
                     raise
-                await self.job.wait(lambda life: life.status == "ready")
+                await self._check_not_paused()
             else:
                 return
 
@@ -271,9 +289,10 @@ class Copy(BlockJob):
         remaining = None if end is None else max(0.0, end - time.monotonic())
         if not await self.job.wait(_concluded, seconds=remaining, stall_seconds=stall_seconds):
             raise errors.DeadlineExceeded(
-                f"the copy of {self.disk.name} did not {ending.value} within {seconds:g} s:"
-                " the guest writes faster than the destination takes it; the job goes on",
-                hint="let the guest write less, or copy with synchronous writes",
+                f"the copy of {self.disk.name} did not {ending.value} within {seconds:g} s;"
+                " the job goes on",
+                hint="the guest may be writing faster than the destination takes it: let it write"
+                " less, or copy with synchronous writes",
             )
 
     async def _make_writes_wait(self) -> None:
@@ -320,11 +339,6 @@ class Copy(BlockJob):
                 job_id=self.id,
             )
 
-    async def _unlimit(self) -> None:
-        """A bandwidth limit holds during the ending too, and would only prolong it."""
-        if (await self.info()).speed:
-            await self.set_bandwidth(0)
-
     async def _carry_bitmaps(self) -> None:
         picture = await graph.read(self.monitor)
         self.notes += await bitmaps.carry(self.monitor, picture, self.name)
@@ -354,3 +368,7 @@ class Copy(BlockJob):
 
 def _concluded(life: Life) -> bool:
     return life.concluded
+
+
+def _runs(life: Life) -> bool:
+    return life.status not in PAUSED

@@ -35,6 +35,7 @@ class Progress:
         length: bytes of work in all; it grows while the guest writes, and may be 0.
         rate: bytes/s, smoothed; 0 when not known yet.
         eta: seconds until the mirroring phase at this rate; None when not known.
+        io_status: ``ok``, or ``nospace`` or ``failed`` when an I/O error has stopped it.
     """
 
     phase: Phase
@@ -42,6 +43,7 @@ class Progress:
     length: int
     rate: float
     eta: float | None
+    io_status: str = "ok"
 
     @property
     def percent(self) -> float:
@@ -123,7 +125,7 @@ class BlockJob:
             last = (now, info.offset)
             eta = (info.length - info.offset) / rate if rate > 0 else None
             phase = self.phase
-            yield Progress(phase, info.offset, info.length, rate, eta)
+            yield Progress(phase, info.offset, info.length, rate, eta, info.io_status)
             if until_mirroring and phase is not Phase.COPYING:
                 return
             await self.job.wait(lambda life: life.phase is not phase, seconds=interval)  # noqa: B023

@@ -148,6 +148,10 @@ class FakeMonitor:
             raise ValueError(f"no reply to {command}")
         self._scripts[command] = [*replies]
 
+    def forget(self, command: str) -> None:
+        """Take back what was said: the upstream answers again, or nobody."""
+        self._scripts.pop(command, None)
+
     def fault(self, command: str, **fault: Any) -> None:
         """Let something go wrong with the reply to a command (see `Fault`)."""
         self._faults[command] = Fault(**fault)

@@ -273,3 +273,37 @@ async def test_a_client_of_somebody_elses_is_left_as_it_was(vm: Qemu, tmp_path: 
     assert await client.execute("query-name") == {}
     assert any(message["event"] == "BLOCK_JOB_READY" for message in seen.history)
     await client.disconnect()
+
+
+async def test_a_pivot_that_qemu_refuses_can_be_asked_for_again(
+    vm: Qemu, fake_monitor: Factory, tmp_path: Path
+) -> None:
+    async with (
+        fake_monitor(upstream=vm.qmp) as fake,
+        qmpmirror.connect(str(fake.path)) as machine,
+    ):
+        copy = await machine.blockcopy("vd0", tmp_path / "copy", shallow=True)
+        await copy.ready()
+        for command in ("job-complete", "transaction", "query-block-jobs"):
+            fake.on(command, FakeError("not now"))
+        vm.execute("block-dirty-bitmap-add", node="fmt0", name="somebodys")
+        for command in ("transaction", "query-block-jobs", "job-complete"):
+            with pytest.raises(qmpmirror.CommandFailed, match=f"QEMU refused {command}: not now"):
+                await copy.pivot()
+            assert copy.phase is Phase.MIRRORING
+            fake.forget(command)
+        assert (await copy.pivot()).outcome is Phase.PIVOTED
+
+
+async def test_a_paused_copy_is_not_ended_but_can_be_aborted(vm: Qemu, tmp_path: Path) -> None:
+    async with qmpmirror.connect(str(vm.qmp)) as machine:
+        copy = await machine.blockcopy("vd0", tmp_path / "copy", shallow=True)
+        await copy.ready()
+        await copy.pause()
+        for ending in (copy.pivot, copy.finish, copy.abort):
+            with pytest.raises(qmpmirror.JobError, match="is paused"):
+                await ending()
+        await copy.resume()
+        await copy.ready()
+        await copy.pause()
+        assert (await copy.abort(force=True)).outcome is Phase.ABORTED

@@ -275,4 +275,5 @@ def test_json_has_plain_numbers() -> None:
         "rate": 2,
         "eta": 2.5,
         "percent": 1.0,
+        "io_status": "ok",
     }
