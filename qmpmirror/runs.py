@@ -60,6 +60,12 @@ class Run:
         """The ending that was asked for, by whichever process."""
         return next((ending for mark, ending in _ENDINGS.items() if mark in self.marks), None)
 
+    @property
+    def is_creating(self) -> bool:
+        """Whether QEMU is creating an image for it at this moment."""
+        created = (self.file, self.data, self.header)
+        return any(job is not None and job.status.status != "concluded" for job in created)
+
     def is_unfinished(self, picture: Graph) -> bool:
         """Whether the run ended before its copy started, or without putting its nodes away."""
         if self.file or self.data or self.header:

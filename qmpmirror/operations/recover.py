@@ -99,7 +99,7 @@ async def recover(
         if run.copy is None and not run.is_unfinished(picture):
             continue
         if run.copy is None:
-            findings.append(await _undo_creation(monitor, picture, run, dry_run=dry_run))
+            findings.append(await _undo_creation(monitor, picture, run, way, dry_run=dry_run))
             continue
         disk = disk_of(run, run.copy, known)
         if disk is None:
@@ -192,10 +192,15 @@ def _without_disk(run: Run, picture: Graph) -> Disk:
     return disks.Disk(source, "", "", "(gone)", "", image, path)
 
 
-async def _undo_creation(monitor: Monitor, picture: Graph, run: Run, *, dry_run: bool) -> Finding:
+async def _undo_creation(
+    monitor: Monitor, picture: Graph, run: Run, way: Way, *, dry_run: bool
+) -> Finding:
     """Take back what was prepared for a copy that never started."""
     path = run.file.name.source if run.file else ""
     finding = Finding(run.id, State.CREATING, "", path, "", "would be undone")
+    if way is Way.LEAVE and run.is_creating:
+        # A large image takes its time, and whoever creates it may well be alive.
+        return attrs.evolve(finding, action="left running")
     if dry_run:
         return finding
     if run.header is not None:
