@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from qmpmirror.machine import Machine, connect
     from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.copy import Copy
+    from qmpmirror.operations.group import CopyGroup, Cut, GroupResult, Member
     from qmpmirror.operations.handle import BlockJob, Progress
     from qmpmirror.operations.options import Options
     from qmpmirror.operations.plan import Plan
@@ -59,12 +60,16 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "BlockJob": "operations.handle",
     "Copy": "operations.copy",
+    "CopyGroup": "operations.group",
+    "Cut": "operations.group",
     "Disk": "disks",
     "Ending": "life",
     "Finding": "operations.recover",
     "Graph": "graph",
+    "GroupResult": "operations.group",
     "JobInfo": "job",
     "Machine": "machine",
+    "Member": "operations.group",
     "Node": "graph",
     "Options": "operations.options",
     "Phase": "life",
@@ -84,6 +89,8 @@ __all__ = [
     "ConnectError",
     "ConnectionLost",
     "Copy",
+    "CopyGroup",
+    "Cut",
     "DeadlineExceeded",
     "DestinationError",
     "DestinationExists",
@@ -97,11 +104,13 @@ __all__ = [
     "Error",
     "Finding",
     "Graph",
+    "GroupResult",
     "JobError",
     "JobFailed",
     "JobInfo",
     "JobNotFound",
     "Machine",
+    "Member",
     "MonitorBusy",
     "NoSuchMonitor",
     "Node",

@@ -135,6 +135,7 @@ class Job:
     id: str
     life: Life = attrs.field(factory=Life)
     io_errors: int = attrs.field(default=0, init=False)
+    moments: dict[str, float] = attrs.field(factory=dict, init=False)
     error: str = attrs.field(default="", init=False)
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
     _unsubscribe: Callable[[], None] | None = attrs.field(default=None, init=False)
@@ -238,6 +239,7 @@ class Job:
         if event is None:
             self.life.lose()
         elif event.name == "JOB_STATUS_CHANGE" and event.data.get("id") == self.id:
+            self.moments[event.data["status"]] = event.seconds
             self._feed(event.data["status"])
         elif event.data.get("device") != self.id:
             return

@@ -11,14 +11,15 @@ from qmpmirror import address, discover, disks, graph, schema, stats
 from qmpmirror.connection import CONNECT_SECONDS, open_monitor
 from qmpmirror.job import JobInfo, block_jobs
 from qmpmirror.monitor import Monitor, Transcript
-from qmpmirror.operations import blockcopy, blockjob, recover
+from qmpmirror.operations import blockcopy, blockjob, group, recover
 from qmpmirror.operations import plan as planning
+from qmpmirror.operations.group import MAX_FREEZE
 from qmpmirror.operations.options import BLOCKDEV_MIRROR, Options
 from qmpmirror.operations.recover import Way
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
     from types import TracebackType
 
     from qemu.qmp import QMPClient
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph
     from qmpmirror.operations.copy import Copy
+    from qmpmirror.operations.group import CopyGroup, Member
     from qmpmirror.operations.handle import BlockJob
     from qmpmirror.operations.plan import Plan
     from qmpmirror.operations.recover import Finding
@@ -180,6 +182,22 @@ class Machine:
             ),
         )
         return await self.start(plan)
+
+    async def blockcopy_group(
+        self, members: Iterable[Member], *, max_freeze: float = MAX_FREEZE
+    ) -> CopyGroup:
+        """Start to copy several disks that are ended at one instant; return once all jobs run.
+
+        When one cannot be started, the others are taken back. Cancelling this does so too.
+
+        Args:
+            members: a disk, its destination and how to copy it, for each.
+            max_freeze: seconds that the guest's writes may wait for the cut; when they pass,
+                everything is rolled back.
+
+        Raises: as `blockcopy`.
+        """
+        return await group.start(self.monitor, await self.schema(), members, max_freeze=max_freeze)
 
     async def plan_blockcopy(
         self, disk: str, destination: str | os.PathLike[str], options: Options

@@ -28,6 +28,7 @@ import attrs
 
 PREFIX = "qmpmirror-"
 RUN_LENGTH = 8
+GROUP_LENGTH = 6
 _SEPARATOR = "_."
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _RUN = f"[{_ALPHABET}]{{{RUN_LENGTH}}}"
@@ -45,6 +46,7 @@ class Flag(enum.Enum):
     OBJECTS = "x"
     KEEP_SOURCE = "h"
     DATA_FILE = "e"
+    GROUP = "g"
     CREATED = "c"
     DRIVE_MIRROR = "d"
     THEN_PIVOT = "p"
@@ -104,6 +106,22 @@ def created_header(run: str) -> JobName:
 def new_run() -> str:
     """A fresh run id: eight random characters."""
     return "".join(secrets.choice(_ALPHABET) for _ in range(RUN_LENGTH))
+
+
+def member_run(group: str, number: int) -> str:
+    """The run id of a group's member: the group's id and two more characters."""
+    tens, ones = divmod(number, len(_ALPHABET))
+    return f"{group}{_ALPHABET[tens]}{_ALPHABET[ones]}"
+
+
+def new_group() -> str:
+    """A fresh group id: six random characters."""
+    return new_run()[:GROUP_LENGTH]
+
+
+def group_of(run: str) -> str:
+    """The id of the group that a member's run belongs to."""
+    return run[:GROUP_LENGTH]
 
 
 def node_name(run: str, role: str) -> str:

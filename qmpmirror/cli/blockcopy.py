@@ -24,11 +24,14 @@ def parser() -> words.Parser:
         "qmpmirror blockcopy testvm vda /export/copy.qcow2 --shallow --wait --verbose --pivot",
     )
     made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
-    made.add_named("path", "the disk: target (vda), device or drive id, node name, image path")
-    made.add_named("dest", "the copy: a path, nbd://HOST/EXPORT, or json:{...} of blockdev-add")
+    disk = "the disk: target (vda), device or drive id, node name, image path"
+    made.add_named("path", disk, required=False)
+    copy = "the copy: a path, nbd://HOST/EXPORT, or json:{...} of blockdev-add"
+    made.add_named("dest", copy, required=False)
     made.add_named("bandwidth", "limit in MiB/s, or with a suffix (500K, 2G)", required=False)
     _add_virsh_options(made)
     _add_other_options(made)
+    _add_group_options(made)
     made.add_common()
     return made
 
@@ -67,6 +70,30 @@ def _add_virsh_options(made: words.Parser) -> None:
         metavar="SECONDS",
         help="wait, and abort when the mirroring phase is not reached in time",
     )
+
+
+def _add_group_options(made: words.Parser) -> None:
+    group = made.add_argument_group("several disks at one point in time (beyond virsh)")
+    group.add_argument(
+        "--diskspec",
+        action="append",
+        default=[],
+        metavar="DISK,dest=DEST[,format=FORMAT][,shallow=on]",
+        help="a disk of several; in the place of PATH and DEST",
+    )
+    group.add_argument("--all-disks", action="store_true", help="all disks with a medium")
+    group.add_argument("--dest-dir", metavar="DIR", help="where the copies of all disks go")
+    group.add_argument(
+        "--max-freeze",
+        type=words.seconds,
+        default=500.0,
+        metavar="MS",
+        help="how long the guest's writes may wait for the cut (default: 500 milliseconds)",
+    )
+    group.add_argument(
+        "--quiesce", action="store_true", help="freeze the guest's file systems around the cut"
+    )
+    group.add_argument("--agent", metavar="PATH", help="the guest agent's socket, for --quiesce")
 
 
 def _add_other_options(made: words.Parser) -> None:
@@ -137,11 +164,38 @@ def main(argv: Sequence[str]) -> int:
         if given and not arguments.wait:
             made.error(f"{flag} requires at least one of --timeout, --wait, --pivot, or --finish")
     options = _options(made, arguments)
+    several = bool(arguments.diskspec or arguments.all_disks)
+    _check_which(made, arguments, several=several)
     output = Output(as_json=arguments.json, label="Block Copy")
     from qmpmirror.cli.copying import copy_disk  # noqa: PLC0415 - brings asyncio and qemu.qmp
     from qmpmirror.cli.run import run  # noqa: PLC0415 - brings asyncio
 
+    if several:
+        from qmpmirror.cli.grouping import copy_disks  # noqa: PLC0415 - as above
+
+        return run(lambda interrupts: copy_disks(arguments, options, output, interrupts), output)
     return run(lambda interrupts: copy_disk(arguments, options, output, interrupts), output)
+
+
+def _check_which(made: words.Parser, arguments: argparse.Namespace, *, several: bool) -> None:
+    """Either one disk and its copy, or several."""
+    one = arguments.path is not None or arguments.dest is not None
+    if several and one:
+        made.error("--diskspec and --all-disks take the place of PATH and DEST")
+    if arguments.diskspec and arguments.all_disks:
+        made.error("give either --diskspec or --all-disks")
+    if arguments.all_disks and not arguments.dest_dir:
+        made.error("--all-disks needs --dest-dir")
+    if arguments.quiesce is not bool(arguments.agent):
+        made.error("--quiesce and --agent need each other")
+    if several and not (arguments.pivot or arguments.finish):
+        made.error("several disks need --pivot or --finish: they are ended together")
+    if not several:
+        if arguments.quiesce:
+            made.error("--quiesce goes with --diskspec or --all-disks")
+        for name in ("path", "dest"):
+            if getattr(arguments, name) is None:
+                made.error(f"--{name} is missing")
 
 
 def _options(made: words.Parser, arguments: argparse.Namespace) -> Options:

@@ -7,7 +7,7 @@ Whatever was asked for, the outcome is read back from QEMU's graph after the job
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -15,7 +15,7 @@ from qmpmirror import errors, graph, names
 from qmpmirror.job import PAUSED, STALL_SECONDS
 from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
 from qmpmirror.names import Flag, JobName, Mark
-from qmpmirror.operations import bitmaps
+from qmpmirror.operations import bitmaps, convergence
 from qmpmirror.operations.chain import attach_own_chain
 from qmpmirror.operations.conclusion import Result, conclude
 from qmpmirror.operations.handle import BlockJob
@@ -44,6 +44,7 @@ class Copy(BlockJob):
         backing: the node that both images share; empty when there is none, or the copy has a chain
             of its own.
         notes: what the user must know, one sentence each.
+        result: how it has ended, whoever ended it; None while it goes on, and when it failed.
     """
 
     name: JobName
@@ -51,12 +52,7 @@ class Copy(BlockJob):
     format: str
     backing: str
     notes: list[str] = attrs.field(factory=list, init=False)
-    _result: Result | None = attrs.field(default=None, init=False)
-
-    @property
-    def result(self) -> Result | None:
-        """How it has ended, whoever ended it; None while it goes on, and when it failed."""
-        return self._result
+    result: Result | None = attrs.field(default=None, init=False)
 
     @property
     def target_node(self) -> str:
@@ -83,7 +79,7 @@ class Copy(BlockJob):
             lambda life: life.mirrored, seconds=seconds, stall_seconds=stall_seconds
         )
         if self.job.life.concluded:
-            result = await self._conclude()
+            result = await self.conclude()
             raise errors.JobFailed(
                 f"somebody else ended the copy of {self.disk.name}: {result.outcome.value}",
                 job_id=self.id,
@@ -160,14 +156,14 @@ class Copy(BlockJob):
         repeated; ``job-complete`` must not be, under a filter: it aborts QEMU before 10.0.10.
         """
         asked = self.job.life.asked
-        while asked is not None and not await self.job.wait(_concluded, seconds=_CONVERGE_SECONDS):
+        while asked is not None and not await self._wait_for_conclusion(_CONVERGE_SECONDS):
             if asked is not Ending.PIVOT:
                 await self._send(asked, force=False)
             elif await self._may_complete_again():
                 await self._check_pivot(await graph.read(self.monitor))
                 await self._carry_bitmaps()
                 await self._send(asked, force=False)
-        return await self._conclude()
+        return await self.conclude()
 
     async def _may_complete_again(self) -> bool:
         if self.disk.image is not None and self.disk.node == self.disk.image.name:
@@ -183,25 +179,7 @@ class Copy(BlockJob):
             Unsupported: QEMU before 8.2.
             Refused: the target has no backing file yet: it would be corrupted.
         """
-        if not self.schema.has_command("block-job-change"):
-            raise errors.Unsupported(
-                "this QEMU cannot switch a running copy to synchronous writes",
-                command="block-job-change",
-                hint="QEMU 8.2 and newer can; others when the copy is started",
-            )
-        if not await self._may_be_synchronous():
-            raise errors.Refused(
-                "the copy has no backing file yet: synchronous writes would corrupt it",
-                hint="copy with synchronous writes from the start",
-            )
-        await self.monitor.execute("block-job-change", self._write_blocking())
-
-    async def _may_be_synchronous(self) -> bool:
-        """Whether the target has its backing: without it, synchronous writes would corrupt it."""
-        if Flag.SHALLOW not in self.name.flags:
-            return True
-        node = (await graph.read(self.monitor)).nodes.get(self.target_node)
-        return node is not None and node.child("backing") != ""
+        await convergence.make_synchronous(self)
 
     async def _end(
         self,
@@ -211,14 +189,23 @@ class Copy(BlockJob):
         *,
         force: bool = False,
     ) -> Result:
-        if self._result is not None:
+        if self.result is not None:
             raise self._already()
         if not self.job.life.concluded:
             await self._ask(ending, force=force)
             await self._wait_for_end(ending, seconds, stall_seconds)
-        return await self._conclude()
+        return await self.conclude()
 
     async def _ask(self, ending: Ending, *, force: bool) -> None:
+        await self.prepare(ending, force=force)
+        await self.send(ending, force=force)
+
+    async def prepare(self, ending: Ending, *, force: bool = False) -> None:
+        """Do everything for an ending but ask QEMU for it: check, mark, and carry over bitmaps.
+
+        Raises:
+            NotReady: EndingAlreadyAsked: JobError: as `pivot`.
+        """
         life = self.job.life
         if ending is not Ending.ABORT and life.phase is Phase.COPYING:
             raise errors.NotReady(
@@ -231,16 +218,27 @@ class Copy(BlockJob):
         if not force:
             await self._check_not_paused()
         await self._check_target(ending)
-        await self._mark(_MARKS[ending])
+        await self._mark(_MARKS[ending], again=force)
         try:
-            await self._prepare(ending)
+            if ending is Ending.PIVOT:
+                await self._carry_bitmaps()
+            if ending is not Ending.ABORT and (await self.info()).speed:
+                # A limit holds during the ending too, and would only prolong it.
+                await self.set_bandwidth(0)
+        except errors.CommandFailed:
+            await self._unmark(_MARKS[ending])
+            raise
+
+    async def send(self, ending: Ending, *, force: bool = False) -> None:
+        """Ask QEMU for a prepared ending, without waiting for it; raises as `prepare`."""
+        life = self.job.life
+        try:
             life.ask(ending, force=force)
-            await self._send(ending, force=force or life.phase is Phase.COPYING)
+            await self._send(ending, force=force or not life.mirrored)
         except IllegalTransitionError:
             raise self._already() from None
         except errors.CommandFailed:
-            if life.asked is ending:
-                self.job.life.refused()
+            self.job.life.refused()
             await self._unmark(_MARKS[ending])
             raise
 
@@ -254,13 +252,6 @@ class Copy(BlockJob):
                 job_id=self.id,
                 hint="resume it first; an abort can be forced",
             )
-
-    async def _prepare(self, ending: Ending) -> None:
-        if ending is Ending.PIVOT:
-            await self._carry_bitmaps()
-        if ending is not Ending.ABORT and (await self.info()).speed:
-            # A limit holds during the ending too, and would only prolong it.
-            await self.set_bandwidth(0)
 
     async def _send(self, ending: Ending, *, force: bool) -> None:
         if ending is not Ending.PIVOT:
@@ -283,11 +274,11 @@ class Copy(BlockJob):
     ) -> None:
         end = None if seconds is None else time.monotonic() + seconds
         first = _CONVERGE_SECONDS if seconds is None else min(_CONVERGE_SECONDS, seconds)
-        if await self.job.wait(_concluded, seconds=first):
+        if await self._wait_for_conclusion(first):
             return
-        await self._make_writes_wait()
+        await convergence.converge(self)
         remaining = None if end is None else max(0.0, end - time.monotonic())
-        if not await self.job.wait(_concluded, seconds=remaining, stall_seconds=stall_seconds):
+        if not await self._wait_for_conclusion(remaining, stall_seconds):
             raise errors.DeadlineExceeded(
                 f"the copy of {self.disk.name} did not {ending.value} within {seconds:g} s;"
                 " the job goes on",
@@ -295,16 +286,15 @@ class Copy(BlockJob):
                 " less, or copy with synchronous writes",
             )
 
-    async def _make_writes_wait(self) -> None:
-        """Help a mirror that does not converge, where QEMU can (8.2) and where it is safe."""
-        if not self.schema.has_command("block-job-change") or not self.job.life.mirrored:
-            return
-        if not await self._may_be_synchronous():
-            return
-        await attempt(self.monitor, Command("block-job-change", self._write_blocking()))
-
-    def _write_blocking(self) -> dict[str, Any]:
-        return {"id": self.id, "type": "mirror", "copy-mode": "write-blocking"}
+    async def _wait_for_conclusion(
+        self, seconds: float | None, stall_seconds: float = STALL_SECONDS
+    ) -> bool:
+        """Wait for the end; a group's member that is ended alone must be finalized too."""
+        if Flag.GROUP in self.name.flags:
+            ends = await self.job.wait(_pending, seconds=seconds, stall_seconds=stall_seconds)
+            if ends and not self.job.life.concluded:
+                await attempt(self.monitor, Command("job-finalize", {"id": self.id}))
+        return await self.job.wait(_concluded, seconds=seconds, stall_seconds=stall_seconds)
 
     async def _check_target(self, ending: Ending) -> None:
         """Look at the target before an ending."""
@@ -343,11 +333,11 @@ class Copy(BlockJob):
         picture = await graph.read(self.monitor)
         self.notes += await bitmaps.carry(self.monitor, picture, self.name)
 
-    async def _mark(self, mark: Mark) -> None:
+    async def _mark(self, mark: Mark, *, again: bool) -> None:
         """Write down in QEMU what is being asked for, before it is asked for."""
         bitmap = {"node": self.target_node, "name": names.bitmap_name(self.name.run, mark)}
         refusal = await attempt(self.monitor, Command("block-dirty-bitmap-add", bitmap))
-        if "already exists" in refusal:
+        if "already exists" in refusal and not again:
             raise self._already()
 
     async def _unmark(self, mark: Mark) -> None:
@@ -355,19 +345,36 @@ class Copy(BlockJob):
         await attempt(self.monitor, Command("block-dirty-bitmap-remove", bitmap))
 
     def _already(self) -> errors.EndingAlreadyAsked:
-        if self._result is not None:
-            description = f"the copy of {self.disk.name} is {self._result.outcome.value} already"
+        if self.result is not None:
+            description = f"the copy of {self.disk.name} is {self.result.outcome.value} already"
         else:
             description = f"the copy of {self.disk.name} is being ended already"
         return errors.EndingAlreadyAsked(description, job_id=self.id)
 
-    async def _conclude(self) -> Result:
-        self._result = await conclude(self)
-        return self._result
+    async def roll_back(self) -> Result:
+        """Cancel it by force whatever was asked for, also when it waits to be finalized."""
+        if not self.job.life.concluded:
+            await attempt(self.monitor, Command("job-cancel", {"id": self.id}))
+            await self.job.wait(_concluded)
+        return await self.conclude()
+
+    async def conclude(self) -> Result:
+        """Put the ended job away, and say what has happened; it is fine to ask twice.
+
+        Raises:
+            JobFailed: it failed.
+        """
+        if self.result is None:
+            self.result = await conclude(self)
+        return self.result
 
 
 def _concluded(life: Life) -> bool:
     return life.concluded
+
+
+def _pending(life: Life) -> bool:
+    return life.status == "pending"
 
 
 def _runs(life: Life) -> bool:

@@ -130,6 +130,11 @@ class BlockJob:
                 return
             await self.job.wait(lambda life: life.phase is not phase, seconds=interval)  # noqa: B023
 
+    async def error(self) -> str:
+        """The job's error in QEMU's words; empty when it has none, or is gone (``query-jobs``)."""
+        found = await self.job.refresh()
+        return found.error if found else ""
+
     async def set_bandwidth(self, bandwidth: int) -> None:
         """Change the limit (``block-job-set-speed``) to bytes/s; 0 for none.
 

@@ -102,7 +102,13 @@ class Plan:
 
 
 async def plan(
-    monitor: Monitor, schema: Schema, disk_name: str, destination: str, options: Options
+    monitor: Monitor,
+    schema: Schema,
+    disk_name: str,
+    destination: str,
+    options: Options,
+    *,
+    member: str = "",
 ) -> Plan:
     """Read QEMU and check everything. Changes nothing.
 
@@ -112,6 +118,7 @@ async def plan(
         disk_name: anything that identifies the disk.
         destination: as `destination.parse` understands it.
         options: how to copy.
+        member: the run id of a group's member; its job does not finalize itself.
 
     Raises:
         Refused: and its subclasses: the disk or the destination cannot be used as asked, or this
@@ -129,6 +136,8 @@ async def plan(
         options=options,
         disk=disk,
         source=_source(picture, disk, disk_name),
+        run=member or names.new_run(),
+        grouped=bool(member),
     )
     made = planner.plan(destination, stops_vcpus=stops_vcpus)
     foreseen = [command for ending in Ending for command in made.ending_commands(ending)]
@@ -164,6 +173,8 @@ class _Planner:
     options: Options
     disk: Disk
     source: Node
+    run: str
+    grouped: bool
 
     @property
     def by_path(self) -> bool:
@@ -179,13 +190,12 @@ class _Planner:
         where = self._look(places.parse(text))
         wish = self._wish(where)
         self._check(where, wish)
-        run = names.new_run()
-        made = self._target(run, where, wish)
+        made = self._target(self.run, where, wish)
         own_chain = bool(made.flags & {Flag.LATE_CHAIN, Flag.OWN_CHAIN})
         whole_chain = not self.backing or own_chain
         replaced = self.picture.replaced_by_pivot(self.source.name, whole_chain=whole_chain)
         others = tuple(name for name in replaced if name != self.source.name)
-        job = JobName("copy", run, made.flags | self._flags(), self.source.name, others)
+        job = JobName("copy", self.run, made.flags | self._flags(), self.source.name, others)
         return Plan(
             disk=self.disk,
             destination=where,
@@ -339,6 +349,8 @@ class _Planner:
         flags = {Flag.SHALLOW if self.backing else Flag.FULL}
         if self.by_path:
             flags.add(Flag.DRIVE_MIRROR)
+        if self.grouped:
+            flags.add(Flag.GROUP)
         if options.keep_source:
             flags.add(Flag.KEEP_SOURCE)
         if options.then:
@@ -352,7 +364,8 @@ class _Planner:
             "device": self.disk.node,
             "target": names.node_name(job.run, "format"),
             "sync": "top" if self.backing else "full",
-            "auto-finalize": True,
+            # Nothing to wait for: then no client can leave the guest frozen.
+            "auto-finalize": not self.grouped,
             "auto-dismiss": False,
             "on-source-error": "report" if options.on_error == "enospc" else options.on_error,
             "on-target-error": options.on_error,

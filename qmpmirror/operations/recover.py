@@ -16,6 +16,8 @@ from qmpmirror import discover, disks, errors, names, runs
 from qmpmirror.life import Ending, Phase
 from qmpmirror.names import Flag, Mark
 from qmpmirror.operations.blockjob import attach_copy, disk_of
+from qmpmirror.operations.group import CopyGroup
+from qmpmirror.operations.release import release_all
 from qmpmirror.steps import Command, attempt, cancel_job, remove_file
 
 if TYPE_CHECKING:
@@ -90,6 +92,11 @@ async def recover(
         ConnectionLost: the connection ended.
     """
     picture, found = await runs.read(monitor)
+    if not dry_run and await release_all(monitor, found):
+        picture, found = await runs.read(monitor)
+    if way is Way.FINISH and not dry_run:
+        await _finish_groups(monitor, schema, picture, found)
+        picture, found = await runs.read(monitor)
     folder = discover.working_folder(monitor.pid)
     known = await disks.read(monitor, picture, folder)
     findings = []
@@ -106,6 +113,30 @@ async def recover(
             disk = _without_disk(run, picture)
         findings.append(await _recover_copy(monitor, schema, picture, run, disk, way, dry_run))
     return findings
+
+
+async def _finish_groups(
+    monitor: Monitor, schema: Schema, picture: Graph, found: list[Run]
+) -> None:
+    """End the disks of an interrupted group together, as they were meant to be."""
+    folder = discover.working_folder(monitor.pid)
+    known = await disks.read(monitor, picture, folder)
+    groups: dict[str, list[Copy]] = {}
+    for run in found:
+        if run.copy is None or Flag.GROUP not in run.copy.name.flags or run.asked is not None:
+            continue
+        disk = disk_of(run, run.copy, known)
+        if disk is not None and run.copy.status.status != "concluded":
+            copy = await attach_copy(monitor, schema, picture, run, disk)
+            groups.setdefault(names.group_of(run.id), []).append(copy)
+    for group, copies in groups.items():
+        together = CopyGroup(group, copies)
+        try:
+            await together.ready()
+            pivots = Flag.THEN_PIVOT in copies[0].name.flags
+            await (together.pivot() if pivots else together.finish())
+        except (errors.JobError, errors.DeadlineExceeded):
+            continue  # all were rolled back; what is left of them is found in a moment
 
 
 async def _recover_copy(  # noqa: PLR0917 - the run and all that is needed to act on it
