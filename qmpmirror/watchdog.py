@@ -27,7 +27,8 @@ class Watchdog:
     """Runs the process while an ``async with`` block lasts.
 
     Attributes:
-        address: where it can connect, once the parent's connection is gone.
+        address: where it can connect, once the parent's connection is gone; when that is not
+            known, because the connection is somebody else's, there is no watchdog.
         group: the group that it watches over.
     """
 
@@ -36,6 +37,8 @@ class Watchdog:
     _process: asyncio.subprocess.Process | None = attrs.field(default=None, init=False)
 
     async def __aenter__(self) -> None:
+        if not self.address:
+            return
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "qmpmirror.watchdog", self.address, self.group),
             stdin=asyncio.subprocess.PIPE,

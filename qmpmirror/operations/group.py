@@ -187,7 +187,9 @@ class CopyGroup:
             await copy.prepare(ending)
         await self._come_close()
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(Watchdog(self.copies[0].monitor.address, self.id))
+            monitor = self.copies[0].monitor
+            address = monitor.address if monitor.owned else ""
+            await stack.enter_async_context(Watchdog(address, self.id))
             if self.around_cut is not None:
                 await stack.enter_async_context(self.around_cut())  # type: ignore[arg-type]
             try:
