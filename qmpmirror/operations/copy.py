@@ -15,7 +15,7 @@ from qmpmirror import errors, graph, names
 from qmpmirror.job import PAUSED, STALL_SECONDS
 from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
 from qmpmirror.names import Flag, JobName, Mark
-from qmpmirror.operations import bitmaps, convergence
+from qmpmirror.operations import bitmaps, cautions, convergence
 from qmpmirror.operations.chain import attach_own_chain
 from qmpmirror.operations.conclusion import Result, conclude
 from qmpmirror.operations.handle import BlockJob
@@ -215,7 +215,9 @@ class Copy(BlockJob):
             )
         if life.phase.over or (life.asked is not None and not force):
             raise self._already()
-        if not force:
+        # Before the mirroring phase an abort is always by force: that ends a paused job too.
+        at_once = force or (ending is Ending.ABORT and life.phase is Phase.COPYING)
+        if not at_once:
             await self._check_not_paused()
         await self._check_target(ending)
         await self._mark(_MARKS[ending], again=force)
@@ -310,6 +312,8 @@ class Copy(BlockJob):
     async def _check_pivot(self, picture: Graph) -> None:
         """Refuse a switch that would lose data or end QEMU; give a late chain to the target."""
         node = picture.nodes.get(self.target_node)
+        if self.disk.node in picture.nodes:
+            await cautions.check_pivot(self.monitor, picture, self.disk)
         if any(user.writes for user in picture.users.get(self.name.source, ())):
             # It came after the mirror's filter and below it. QEMU 5.2 would abort at the switch.
             raise errors.JobError(

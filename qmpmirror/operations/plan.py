@@ -15,7 +15,7 @@ from qmpmirror import destination as places
 from qmpmirror import discover, disks, errors, graph, names, target
 from qmpmirror.life import Ending
 from qmpmirror.names import Flag, JobName, Mark
-from qmpmirror.operations import bitmaps
+from qmpmirror.operations import bitmaps, cautions
 from qmpmirror.operations.options import DRIVE_MIRROR, Options
 from qmpmirror.operations.safe_start import misses_writes_at_start, stop_marks
 from qmpmirror.steps import Command, Execute, Step
@@ -140,6 +140,7 @@ async def plan(
         grouped=bool(member),
     )
     made = planner.plan(destination, stops_vcpus=stops_vcpus)
+    await cautions.check(monitor, picture, disk, made.format, pivots=options.then == "pivot")
     foreseen = [command for ending in Ending for command in made.ending_commands(ending)]
     for command in [*made.commands(), *foreseen]:
         schema.check(command.name, command.arguments)
