@@ -5,8 +5,10 @@ VENV := .venv
 PYTHON ?= python3
 PYTEST := $(VENV)/bin/pytest
 QEMUS = $(shell scripts/fetch-qemu --list 2>/dev/null | cut -f2)
+OLDEST_AND_NEWEST = $(firstword $(QEMUS)) $(lastword $(QEMUS))
+VERSIONS_TESTS := tests/qemu/test_hazards.py tests/qemu/test_hazards_elsewhere.py tests/guest
 
-.PHONY: help demo test test-fast test-matrix check venv system guest qemus clean
+.PHONY: help demo test test-fast test-versions test-matrix check venv system guest qemus clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +21,12 @@ test: check test-fast  ## linters, types, and all tests on the system's QEMU
 test-fast: venv guest
 	$(PYTEST) -n 2 --dist worksteal -m "not slow" tests
 
-test-matrix: venv guest qemus  ## all tests on QEMU 5.2, 7.2, 10.0 and the newest
-	$(PYTEST) -n 2 --dist worksteal tests/qemu tests/guest $(addprefix --qemu=,$(QEMUS))
+test-versions: venv guest qemus  ## the scene, the hazards and the guest on QEMU 5.2, 7.2, 10.0 and the newest
+	$(PYTEST) -n 2 --dist worksteal -m "not slow" $(VERSIONS_TESTS) $(addprefix --qemu=,$(QEMUS))
+
+test-matrix: venv guest qemus  ## all tests on all of them, and the kill tests; takes an hour
+	$(PYTEST) -n 2 --dist worksteal -m "not slow" tests/qemu tests/guest $(addprefix --qemu=,$(QEMUS))
+	$(PYTEST) -n 2 --dist worksteal -m slow tests $(addprefix --qemu=,$(OLDEST_AND_NEWEST))
 
 check: venv  ## linters and types
 	$(VENV)/bin/ruff check
