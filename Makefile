@@ -4,7 +4,7 @@
 VENV := .venv
 PYTHON ?= python3
 PYTEST := $(VENV)/bin/pytest
-QEMUS = $(shell scripts/fetch-qemu --list 2>/dev/null | cut -f2)
+QEMUS = $(shell scripts/fetch-qemu --list 2>/dev/null | sort -V | cut -f2)
 OLDEST_AND_NEWEST = $(firstword $(QEMUS)) $(lastword $(QEMUS))
 VERSIONS_TESTS := tests/qemu/test_hazards.py tests/qemu/test_hazards_elsewhere.py tests/guest
 

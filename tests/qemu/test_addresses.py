@@ -231,6 +231,21 @@ def test_qemu_whose_main_loop_starts_late(
     assert f" vda      {layers.snap2}\n" in stdout
 
 
+def test_qemu_whose_sockets_come_late(prepare: Prepare, layers: Layers) -> None:
+    vm = prepare().start()
+    sockets = [vm.qmp, vm._harness]
+    for path in sockets:
+        path.rename(f"{path}.later")
+    program = begin("domblklist", str(vm.name), "--connect-timeout", "60")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        program.wait(1)
+    for path in sockets:
+        Path(f"{path}.later").rename(path)
+    stdout, stderr = program.communicate(timeout=DEADLINE)
+    assert (program.returncode, stderr) == (0, "")
+    assert f" vda      {layers.snap2}\n" in stdout
+
+
 def test_qemu_that_hangs(prepare: Prepare, cli: Cli) -> None:
     vm = prepare().start()
     os.kill(vm.pid, signal.SIGSTOP)

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 COMMANDS = (("domblklist",), ("blockcopy", "--path", "vda", "--dest", "/nonexistent/copy"))
 
 
+@pytest.fixture(autouse=True)
+def warnings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the program too: a file or a connection that is left open shows on its stderr."""
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+
+
 def second(layers: Layers) -> Path:
     """The image of the second disk."""
     return layers.folder / "second.raw"
@@ -94,7 +100,8 @@ def test_transcript_pairs_commands_and_replies_and_shows_queries_only(
     vm: Qemu, cli: Cli, tmp_path: Path
 ) -> None:
     transcript = tmp_path / "transcript"
-    assert cli("domblklist", vm.name, "--transcript", transcript).returncode == 0
+    ran = cli("domblklist", vm.name, "--transcript", transcript)
+    assert (ran.returncode, ran.stderr) == (0, "")
     lines = [json.loads(line) for line in transcript.read_text().splitlines()]
     sent = [line for line in lines if line["direction"] == "sent"]
     received = [line for line in lines if line["direction"] == "received" and "id" in line]

@@ -44,7 +44,9 @@ def until(condition: Callable[[], Any]) -> Any:
 
 @pytest.fixture
 def spare(layers: Layers) -> Path:
-    return layers.images.create(layers.folder / "spare", "8M")
+    made = layers.images.create(layers.folder / "spare", "8M")
+    layers.images.write_pattern(made, 0, 4 << 20, 0x77)
+    return made
 
 
 @pytest.fixture
