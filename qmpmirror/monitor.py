@@ -42,6 +42,8 @@ QUERY_SECONDS: Final = 60.0
 CHANGE_SECONDS: Final = 600.0
 """How long any other command may take: block commands wait for storage, in QEMU's main loop."""
 
+_START: Final = b'{"time":'
+
 CLOSE_SECONDS: Final = 5.0
 """How long saying goodbye may take."""
 
@@ -134,9 +136,18 @@ class Transcript:
     def open(cls, path: str | os.PathLike[str]) -> Transcript:
         """A transcript in a file of its own.
 
+        An earlier transcript is overwritten, any other file is not.
+
         Raises:
-            UsageError: the file cannot be written.
+            UsageError: the file cannot be written, or holds something else.
         """
+        try:
+            with open(path, "rb") as there:
+                start = there.read(len(_START))
+        except OSError:
+            start = b""
+        if start not in {b"", _START}:
+            raise errors.UsageError(f"transcript {path} exists already, and is no transcript")
         try:
             return cls(open(path, "w", encoding="utf-8"))
         except OSError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What tests on a real QEMU share: small chains, a writing guest, and what must not change.
 
-A test module cannot import from here: everything comes as a fixture.
+What is no fixture is in modules beside this one, such as `tests.qemu.program`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 import qmpmirror
 from qmpmirror.testing.graph import GraphSnapshot, assert_clean_graph
 from qmpmirror.testing.process import sibling
+from tests.qemu.program import BLOCKDEV, Scene
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -218,3 +219,14 @@ def unchanged() -> Unchanged:
 
 def _digests(folder: Path) -> dict[str, str]:
     return {str(path): Layers.digest(path) if path.is_file() else "" for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def scene(request: pytest.FixtureRequest, boot: Boot, layers: Layers) -> Iterator[Scene]:
+    disk = getattr(request, "param", BLOCKDEV)
+    vm = boot(*(word.format(layers.snap2) for word in disk), name=f"cli-{os.urandom(6).hex()}")
+    made = Scene(vm, layers, layers.folder / "copy.qcow2", layers.folder.parent, [])
+    yield made
+    for program in made.programs:
+        program.process.kill()
+        program.process.wait()

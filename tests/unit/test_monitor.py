@@ -234,3 +234,19 @@ async def test_close_twice_is_fine(fake_monitor: Factory) -> None:
         machine = await qmpmirror.connect(str(fake.path))
         await machine.close()
         await machine.close()
+
+
+async def test_a_transcript_overwrites_nothing_but_a_transcript(
+    fake_monitor: Factory, tmp_path: Path
+) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"QFI\xfb")
+    async with fake_monitor() as fake:
+        with pytest.raises(qmpmirror.UsageError, match="exists already, and is no transcript"):
+            await qmpmirror.connect(str(fake.path), transcript=path)
+        assert path.read_bytes() == b"QFI\xfb"
+        for _ in range(2):
+            async with qmpmirror.connect(str(fake.path), transcript=tmp_path / "new") as machine:
+                await machine.monitor.execute("query-name")
+    lines = (tmp_path / "new").read_text().splitlines()
+    assert [json.loads(line)["direction"] for line in lines] == ["sent", "received"]

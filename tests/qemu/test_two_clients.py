@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: MIT
+"""Two qmpmirror processes at once on one QEMU, and outsiders in the middle of an ending.
+
+A gate before each client's monitor holds a command back, so that every order can be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from qmpmirror.testing import Qemu
+    from tests.qemu.conftest import Boot, Cli, Layers, Unchanged
+
+    Said = tuple[int, str, str]
+
+PINNED = ("--bandwidth", "1", "--bytes", "--buf-size", "65536")
+"""Holds a copy in the copying phase."""
+
+DEADLINE = 60
+PLAIN = ("-device", "virtio-blk-pci,drive=fmt0,id=dev0")
+FILTERED = (
+    *("-object", "throttle-group,id=limits"),
+    *("-blockdev", "throttle,node-name=filter,throttle-group=limits,file=fmt0"),
+    *("-device", "virtio-blk-pci,drive=filter,id=dev0"),
+)
+"""Under a filter a second job-complete aborts QEMU before 10.0.10."""
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait until a condition holds; what it returned."""
+    end = time.monotonic() + DEADLINE
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+    return found
+
+
+@attrs.define
+class Gate:
+    """A socket before QEMU's: it notes the commands that pass, and holds one back until opened.
+
+    Attributes:
+        path: where the client connects.
+        monitor: QEMU's own socket.
+        held_back: tells by its number and name whether a command is the one.
+        sent: the commands that have passed.
+        held: set when the command has come.
+        opened: set to let it pass.
+    """
+
+    path: Path
+    monitor: Path
+    held_back: Callable[[int, str], bool]
+    sent: list[str] = attrs.field(factory=list)
+    held: threading.Event = attrs.field(factory=threading.Event)
+    opened: threading.Event = attrs.field(factory=threading.Event)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(self.path))
+            listener.listen()
+            thread = threading.Thread(target=self._serve, args=(listener,))
+            thread.start()
+            try:
+                yield
+            finally:
+                self.opened.set()
+                listener.shutdown(socket.SHUT_RDWR)
+                thread.join()
+
+    def _serve(self, listener: socket.socket) -> None:
+        with (
+            contextlib.suppress(OSError),
+            listener.accept()[0] as client,
+            socket.socket(socket.AF_UNIX) as server,
+        ):
+            server.connect(str(self.monitor))
+            back = threading.Thread(target=_pass_on, args=(server, client))
+            back.start()
+            self._pass_commands(client, server)
+            back.join()
+
+    def _pass_commands(self, client: socket.socket, server: socket.socket) -> None:
+        decoder, text = json.JSONDecoder(), ""
+        with contextlib.suppress(OSError):
+            while chunk := client.recv(65536):
+                text = (text + chunk.decode()).lstrip()
+                while text:
+                    try:
+                        message, end = decoder.raw_decode(text)
+                    except ValueError:
+                        break
+                    self._pass_command(message["execute"])
+                    server.sendall(text[:end].encode())
+                    text = text[end:].lstrip()
+            server.shutdown(socket.SHUT_RDWR)
+
+    def _pass_command(self, command: str) -> None:
+        if self.held_back(len(self.sent), command) and not self.held.is_set():
+            self.held.set()
+            self.opened.wait(DEADLINE)
+        self.sent.append(command)
+
+
+def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while chunk := source.recv(65536):
+            sink.sendall(chunk)
+        sink.shutdown(socket.SHUT_RDWR)
+
+
+@attrs.define
+class Client:
+    """A qmpmirror process behind a gate."""
+
+    gate: Gate
+    process: subprocess.Popen[str]
+
+    def until_held(self) -> bool:
+        """Wait until the gate holds a command back; False if the process has ended without it."""
+        until(lambda: self.gate.held.is_set() or self.process.poll() is not None)
+        return self.gate.held.is_set()
+
+    def end(self) -> Said:
+        """Open the gate and wait for the end: exit code, stdout, stderr."""
+        self.gate.opened.set()
+        stdout, stderr = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, stdout, stderr
+
+
+def never(_number: int, _command: str) -> bool:
+    return False
+
+
+@attrs.define
+class Scene:
+    """A QEMU whose ``vda`` runs on ``snap2``, and who talks to it."""
+
+    vm: Qemu
+    layers: Layers
+    cli: Cli
+    folder: Path
+    stack: contextlib.ExitStack
+    clients: list[Client] = attrs.field(factory=list)
+    copies: int = 0
+
+    def client(self, *words: str | Path, hold: str | int = "") -> Client:
+        """Begin a command on a socket of its own, with a command held back by number or name."""
+        number = len(self.clients)
+
+        def held_back(index: int, command: str) -> bool:
+            return hold in {index, command}
+
+        monitor = self.vm.sockets[number % len(self.vm.sockets)]
+        gate = Gate(self.folder / f"gate{number}", monitor, held_back)
+        self.stack.enter_context(gate())
+        command, *rest = map(str, words)
+        line = [sys.executable, "-W", "error", "-m", "qmpmirror", command, str(gate.path), *rest]
+        process = subprocess.Popen(
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        made = Client(gate, process)
+        self.stack.callback(process.communicate)
+        self.stack.callback(process.kill)
+        self.clients.append(made)
+        return made
+
+    def held(self, command: str, *words: str | Path) -> Client:
+        """The same, and wait until it is held back at a command."""
+        made = self.client(*words, hold=command)
+        assert made.until_held(), made.process.communicate()
+        return made
+
+    def mirroring(self) -> Path:
+        """Start a shallow copy, and wait until it mirrors."""
+        self.copies += 1
+        copy = self.layers.folder / f"copy{self.copies}.qcow2"
+        ran = self.cli("blockcopy", self.vm.name, "vda", copy, "--shallow", "--wait")
+        assert ran.returncode == 0, ran.stderr
+        return copy
+
+    @property
+    def execute(self) -> Callable[..., Any]:
+        return self.vm.execute
+
+    @property
+    def job(self) -> str:
+        (job,) = self.execute("query-jobs")
+        return str(job["id"])
+
+    @property
+    def active(self) -> str:
+        """The image under the guest's device."""
+        (drive,) = self.execute("query-block")
+        return str(drive["inserted"]["image"]["filename"])
+
+    def completions(self) -> int:
+        """How many job-complete have been sent by all clients so far."""
+        return sum(client.gate.sent.count("job-complete") for client in self.clients)
+
+    def check_clean(self, image: str) -> None:
+        """The guest must run on an image, and nothing may be left of the copy but that."""
+        assert self.vm.running
+        assert self.active == image
+        assert self.execute("query-jobs") == []
+        nodes = self.execute("query-named-block-nodes")
+        assert not [bitmap for node in nodes for bitmap in node.get("dirty-bitmaps", ())]
+        ours = [n for n in nodes if n["node-name"].startswith("qmpmirror-")]
+        assert {node["file"] for node in ours} <= {image}
+
+
+@pytest.fixture
+def scene(
+    request: pytest.FixtureRequest, boot: Boot, layers: Layers, cli: Cli, tmp_path: Path
+) -> Iterator[Scene]:
+    spare = layers.images.create(layers.folder / "spare.qcow2", "8M")
+    device = getattr(request, "param", PLAIN)
+    extra = () if device is not None else ()
+    vm = boot(
+        *("-blockdev", f"qcow2,node-name=fmt0,file.driver=file,file.filename={layers.snap2}"),
+        *device,
+        *extra,
+        name=f"two-{os.urandom(6).hex()}",
+        qmp_sockets=2,
+    )
+    del spare
+    with contextlib.ExitStack() as stack:
+        yield Scene(vm, layers, cli, tmp_path, stack)
+
+
+both_disks = pytest.mark.parametrize("scene", [PLAIN, FILTERED], indirect=True, ids=["", "filter"])
+
+
+@pytest.mark.parametrize("speed", [PINNED, ("--wait",)], ids=["copying", "mirroring"])
+def test_second_copy_of_a_disk_is_refused(
+    scene: Scene, unchanged: Unchanged, speed: tuple[str, ...]
+) -> None:
+    first, second = scene.layers.folder / "first", scene.layers.folder / "second"
+    assert scene.client("blockcopy", "vda", first, *speed).end()[0] == 0
+    job = scene.job
+    why = f"disk 'vda' already has a block job: {job}"
+    with unchanged(scene.vm, scene.layers.folder):
+        code, stdout, stderr = scene.client("blockcopy", "vda", second, "--pivot").end()
+        assert (code, stdout, stderr) == (4, "", f"error: {why} (end that one first)\n")
+        code, stdout, stderr = scene.client("blockcopy", "vda", second, "--json").end()
+        (result,) = map(json.loads, stdout.splitlines())
+        assert (code, stderr) == (4, "")
+        assert result.items() >= {"error": "DiskBusy", "exit": 4, "message": why}.items()
+    assert scene.job == job
+
+
+@both_disks
+def test_two_copies_of_a_disk_that_start_at_once(scene: Scene) -> None:
+    copies = [scene.layers.folder / name for name in ("first", "second")]
+    first, second = (
+        scene.held("blockdev-mirror", "blockcopy", "vda", copy, "--shallow") for copy in copies
+    )
+    assert first.end() == (0, "Block Copy started\n", "")
+    job = scene.job
+    code, stdout, stderr = second.end()
+    assert (code, stdout) == (4, "")
+    assert stderr == f"error: disk 'vda' already has a block job: {job} (end that one first)\n"
+    assert scene.job == job
+    assert [copy.exists() for copy in copies] == [True, False]
+    assert scene.client("recover", "--undo").end()[0] == 0
+    scene.check_clean(str(scene.layers.snap2))
+
+
+@both_disks
+@pytest.mark.parametrize("hold", ["block-dirty-bitmap-add", "job-complete", "job-dismiss"])
+def test_two_pivots_send_one_job_complete(scene: Scene, hold: str) -> None:
+    copy = scene.mirroring()
+    first = scene.held(hold, "blockjob", "vda", "--pivot")
+    second = scene.client("blockjob", "vda", "--pivot", hold=hold)
+    second.until_held()
+    answers = [second.end(), first.end()]
+    assert scene.completions() == 1
+    winners = [(code, stdout) for code, stdout, _ in answers if code == 0]
+    assert winners
+    assert set(winners) == {(0, "Successfully pivoted\n")}
+    for code, stdout, stderr in answers:
+        if code:
+            assert (code, stdout) == (4, "")
+            assert stderr.splitlines()[-1] == "error: the copy of vda is being ended already"
+    scene.check_clean(str(copy))
