@@ -6,7 +6,7 @@ This carries out a plan; a start that fails takes everything back.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qmpmirror import errors
 from qmpmirror.job import Job
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qmpmirror.monitor import Monitor
     from qmpmirror.operations.plan import Plan
     from qmpmirror.schema import Schema
+
+_BUSY: Final = ("Need a root block node", "in use by block job")
+"""What QEMU says when somebody else was faster than we."""
 
 
 async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
@@ -73,6 +76,13 @@ async def _carry_out(monitor: Monitor, job: Job, plan: Plan, undo: Undo) -> None
 def _explained(error: errors.CommandFailed, plan: Plan) -> errors.Error:
     """QEMU's reason, with what it was about."""
     path = plan.destination.text
+    if error.command == plan.mirror.name and any(words in error.reason for words in _BUSY):
+        return errors.DiskBusy(
+            f"disk {plan.disk.name!r} has got a block job meanwhile, or another user:"
+            f" {error.reason}",
+            disk=plan.disk.name,
+            job_id="",
+        )
     # drive-mirror creates and opens it as well, but has other reasons to fail too.
     opened_by_mirror = error.command == DRIVE_MIRROR and f"'{path}'" in error.reason
     if opened_by_mirror or error.command in {"blockdev-create", "blockdev-add"}:

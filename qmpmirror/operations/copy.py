@@ -192,8 +192,15 @@ class Copy(BlockJob):
         if self.result is not None:
             raise self._already()
         if not self.job.life.concluded:
-            await self._ask(ending, force=force)
-            await self._wait_for_end(ending, seconds, stall_seconds)
+            try:
+                await self._ask(ending, force=force)
+            except (errors.CommandFailed, errors.JobError):
+                # Somebody else may have ended it meanwhile: then what they did is what counts.
+                await self.job.refresh()
+                if not self.job.life.concluded:
+                    raise
+            else:
+                await self._wait_for_end(ending, seconds, stall_seconds)
         return await self.conclude()
 
     async def _ask(self, ending: Ending, *, force: bool) -> None:
@@ -227,7 +234,7 @@ class Copy(BlockJob):
             if ending is not Ending.ABORT and (await self.info()).speed:
                 # A limit holds during the ending too, and would only prolong it.
                 await self.set_bandwidth(0)
-        except errors.CommandFailed:
+        except (errors.CommandFailed, errors.JobError):
             await self._unmark(_MARKS[ending])
             raise
 
