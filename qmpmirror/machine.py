@@ -14,7 +14,7 @@ from qmpmirror.monitor import Monitor, Transcript
 from qmpmirror.operations import blockcopy, blockjob, group, recover
 from qmpmirror.operations import plan as planning
 from qmpmirror.operations.group import MAX_FREEZE
-from qmpmirror.operations.options import BLOCKDEV_MIRROR, Options
+from qmpmirror.operations.options import Options
 from qmpmirror.operations.recover import Way
 
 if TYPE_CHECKING:
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from qemu.qmp import QMPClient
+    from typing_extensions import Unpack
 
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph
     from qmpmirror.operations.copy import Copy
     from qmpmirror.operations.group import CopyGroup, Member
     from qmpmirror.operations.handle import BlockJob
+    from qmpmirror.operations.options import Keywords
     from qmpmirror.operations.plan import Plan
     from qmpmirror.operations.recover import Finding
     from qmpmirror.schema import Schema
@@ -127,19 +129,7 @@ class Machine:
         return await recover.recover(self.monitor, await self.schema(), way, dry_run=dry_run)
 
     async def blockcopy(
-        self,
-        disk: str,
-        destination: str | os.PathLike[str],
-        *,
-        shallow: bool = False,
-        format: str = "",  # noqa: A002 - virsh's word
-        bandwidth: int = 0,
-        granularity: int = 0,
-        buf_size: int = 0,
-        synchronous_writes: bool = False,
-        via: str = BLOCKDEV_MIRROR,
-        on_error: str = "report",
-        safe_start: bool = True,
+        self, disk: str, destination: str | os.PathLike[str], **options: Unpack[Keywords]
     ) -> Copy:
         """Start to copy a disk under the live guest; return once the job runs.
 
@@ -148,17 +138,9 @@ class Machine:
 
         Args:
             disk: as for `disk`.
-            destination: path of the new image; relative to this process's folder.
-            shallow: copy the active layer only; the copy shares the backing chain.
-            format: of the copy, such as ``qcow2`` or ``raw``; by default the source's.
-            bandwidth: limit in bytes/s; 0 for none.
-            granularity: of the dirty bitmap in bytes; a power of two from 512 to 64 MiB.
-            buf_size: bytes in flight; 0 for QEMU's choice.
-            synchronous_writes: let each write of the guest wait for both images.
-            via: ``blockdev-mirror`` or ``drive-mirror``.
-            on_error: what an I/O error does: ``report``, ``stop``, ``ignore`` or ``enospc``.
-            safe_start: stop the vCPUs for the instant in which some QEMUs (8.2 to 10.0.9, 10.1,
-                10.2.0 and 10.2.1) would miss writes.
+            destination: a path (relative to this process's folder), ``nbd://HOST/EXPORT``,
+                ``nbd+unix:///EXPORT?socket=PATH``, or ``json:{...}`` with QEMU's own options.
+            options: the fields of `Options`, such as ``shallow=True`` or ``format="raw"``.
 
         Raises:
             UsageError: a value that no QEMU could accept.
@@ -166,22 +148,7 @@ class Machine:
             CommandTimeout: QEMU did not answer.
             ConnectionLost: the connection ended.
         """
-        plan = await self.plan_blockcopy(
-            disk,
-            destination,
-            Options(
-                shallow=shallow,
-                format=format,
-                bandwidth=bandwidth,
-                granularity=granularity,
-                buf_size=buf_size,
-                synchronous_writes=synchronous_writes,
-                via=via,
-                on_error=on_error,
-                safe_start=safe_start,
-            ),
-        )
-        return await self.start(plan)
+        return await self.start(await self.plan_blockcopy(disk, destination, Options(**options)))
 
     async def blockcopy_group(
         self, members: Iterable[Member], *, max_freeze: float = MAX_FREEZE

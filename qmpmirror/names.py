@@ -47,6 +47,7 @@ class Flag(enum.Enum):
     KEEP_SOURCE = "h"
     DATA_FILE = "e"
     GROUP = "g"
+    CHECK_BASE = "b"
     CREATED = "c"
     DRIVE_MIRROR = "d"
     THEN_PIVOT = "p"

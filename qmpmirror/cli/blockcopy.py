@@ -100,6 +100,7 @@ def _add_other_options(made: words.Parser) -> None:
     group = made.add_argument_group("beyond virsh")
     flags = {
         "--overwrite": "format a destination that holds something",
+        "--check-base": "compare a prepared image's base with the source's, by qemu-img",
         "--keep-source": "leave the old image open after a pivot",
     }
     for flag, text in flags.items():
@@ -224,6 +225,7 @@ def _options(made: words.Parser, arguments: argparse.Namespace) -> Options:
             detect_zeroes=arguments.detect_zeroes,
             dest_is_zero=arguments.dest_is_zero,
             keep_source=arguments.keep_source,
+            check_base=arguments.check_base,
             then="pivot" if arguments.pivot else "finish" if arguments.finish else "",
         )
     except ValueError as error:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from qmpmirror import destination, errors, graph, names
 from qmpmirror.destination import Kind
+from qmpmirror.names import Flag
+from qmpmirror.operations.check_base import compare
 from qmpmirror.steps import Command, attempt
 
 if TYPE_CHECKING:
@@ -37,9 +39,12 @@ async def attach_own_chain(monitor: Monitor, picture: Graph, name: JobName) -> N
     if base not in picture.nodes:
         await _open(monitor, base, target)
     try:
-        await _check_size(monitor, base, name.source, target)
+        picture = await graph.read(monitor)
+        _check_size(picture, base, name.source, target)
+        if Flag.CHECK_BASE in name.flags:
+            await compare(monitor, picture, name.source, base)
         await monitor.execute("blockdev-snapshot", {"node": base, "overlay": target.name})
-    except errors.Error:
+    except BaseException:
         await attempt(monitor, Command("blockdev-del", {"node-name": base}))
         raise
     return (await graph.read(monitor)).nodes[target.name]
@@ -60,8 +65,7 @@ async def _open(monitor: Monitor, base: str, target: Node) -> None:
         ) from error
 
 
-async def _check_size(monitor: Monitor, base: str, source: str, target: Node) -> None:
-    picture = await graph.read(monitor)
+def _check_size(picture: Graph, base: str, source: str, target: Node) -> None:
     wanted = picture.nodes[source].child("backing")
     have, need = picture.nodes[base].virtual_size, picture.nodes[wanted].virtual_size
     if have != need:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import attrs
 
@@ -50,6 +50,32 @@ def _one_of(*allowed: str) -> Callable[[Any, attrs.Attribute[str], str], None]:
             )
 
     return check
+
+
+class Keywords(TypedDict, total=False):
+    """The fields of `Options`, as keyword arguments."""
+
+    shallow: bool
+    format: str
+    bandwidth: int
+    granularity: int
+    buf_size: int
+    synchronous_writes: bool
+    via: str
+    on_error: str
+    safe_start: bool
+    reuse_external: bool
+    overwrite: bool
+    blockdev: bool
+    creation: Mapping[str, Any]
+    secret: str
+    tls_creds: str
+    server_seconds: float
+    detect_zeroes: str
+    dest_is_zero: bool
+    keep_source: bool
+    check_base: bool
+    then: str
 
 
 @attrs.frozen(kw_only=True)

@@ -16,6 +16,7 @@ from qmpmirror import discover, disks, errors, graph, names, target
 from qmpmirror.life import Ending
 from qmpmirror.names import Flag, JobName, Mark
 from qmpmirror.operations import bitmaps, cautions
+from qmpmirror.operations.check_base import CheckBase
 from qmpmirror.operations.options import DRIVE_MIRROR, Options
 from qmpmirror.operations.safe_start import misses_writes_at_start, stop_marks
 from qmpmirror.steps import Command, Execute, Step
@@ -323,6 +324,9 @@ class _Planner:
             schema=self.schema,
             sees_our_files=self.sees_our_files,
         ).plan()
+        if self.options.check_base and Flag.OWN_CHAIN in made.flags:
+            check = CheckBase(self.source.name, names.node_name(run, "format"))
+            made = attrs.evolve(made, steps=(*made.steps, check))
         if not self.by_path:
             return made
         if self.backing:
@@ -352,6 +356,8 @@ class _Planner:
             flags.add(Flag.DRIVE_MIRROR)
         if self.grouped:
             flags.add(Flag.GROUP)
+        if options.check_base:
+            flags.add(Flag.CHECK_BASE)
         if options.keep_source:
             flags.add(Flag.KEEP_SOURCE)
         if options.then:

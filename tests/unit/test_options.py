@@ -94,3 +94,10 @@ def test_options_do_not_change() -> None:
         Options().shallow = True  # type: ignore[misc]
     with pytest.raises(TypeError):
         Options(True)  # type: ignore[call-arg]
+
+
+def test_keywords_are_the_fields() -> None:
+    from qmpmirror.operations.options import Keywords  # noqa: PLC0415 - of this test only
+
+    fields = [field.name for field in attrs.fields(Options)]
+    assert sorted(Keywords.__annotations__) == sorted(fields)
