@@ -351,8 +351,8 @@ class Planner:
         return frozenset(flags)
 
     def _zeroed(self, *, new: bool) -> bool:
-        if self.layout.backing_node:
-            return False
+        if self.layout.backing_node or self.wish.format == "luks":
+            return False  # what nobody has encrypted does not decrypt to zeroes
         fresh = new and (self.destination.kind is Kind.FILE or self.wish.format in _BACKABLE)
         return self.wish.is_zero or fresh
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.qemu.conftest import Boot, Connect, Layers
 
 KIB = 1024
-DISKS = {
+DISKS: dict[str, list[str]] = {
     "drive": [
         "-drive",
         "if=none,id=d,format=qcow2,file={}",
@@ -29,7 +29,7 @@ DISKS = {
 }
 
 
-@pytest.fixture(params=DISKS.values(), ids=DISKS)
+@pytest.fixture(params=list(DISKS.values()), ids=list(DISKS))
 def vm(boot: Boot, layers: Layers, request: pytest.FixtureRequest) -> Qemu:
     return boot(*(word.format(layers.snap2) for word in request.param))
 
