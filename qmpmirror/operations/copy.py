@@ -249,6 +249,9 @@ class Copy(BlockJob):
         except errors.CommandFailed:
             self.job.life.refused()
             await self._unmark(_MARKS[ending])
+            # A pause may have come after we looked for one: then that is the reason.
+            await self.job.refresh()
+            await self._check_not_paused()
             raise
 
     async def _check_not_paused(self) -> None:

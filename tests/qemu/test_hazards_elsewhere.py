@@ -250,7 +250,9 @@ async def test_a_job_without_progress_is_a_stall(
         fake_monitor(upstream=vm.qmp, lost_events={"JOB_STATUS_CHANGE"}) as fake,
         qmpmirror.connect(str(fake.path)) as machine,
     ):
-        copy = await machine.blockcopy("vd0", tmp_path / "copy", shallow=True)
+        copy = await machine.blockcopy(
+            "vd0", tmp_path / "copy", shallow=True, bandwidth=1, buf_size=65536
+        )
         job = {"id": copy.id, "type": "mirror", "status": "running"}
         fake.on("query-jobs", [job | {"current-progress": 5, "total-progress": 9}])
         with pytest.raises(qmpmirror.Stalled, match=r"no progress for 0\.2 s"):
@@ -300,6 +302,7 @@ async def test_a_paused_copy_is_not_ended_but_can_be_aborted(vm: Qemu, tmp_path:
         copy = await machine.blockcopy("vd0", tmp_path / "copy", shallow=True)
         await copy.ready()
         await copy.pause()
+        await copy.job.wait(lambda life: life.status == "standby")
         for ending in (copy.pivot, copy.finish, copy.abort):
             with pytest.raises(qmpmirror.JobError, match="is paused"):
                 await ending()
