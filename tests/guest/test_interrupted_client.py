@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The client dies at every single QMP command; a new process picks up what it left.
+"""The client dies, or is cut off, at every single QMP command; a new process picks up what it left.
 
 A real guest writes all the while, reads back what it wrote, and complains when it is not there.
-After each death the guest must run on the image that is said to be its own, a finished copy must be
+After each time the guest must run on the image that is said to be its own, a finished copy must be
 its disk at one instant, and nothing of ours may be left.
 """
 
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from qmpmirror.testing.launcher import Qemu
     from qmpmirror.testing.plugin import QemuFactory
 
-CLIENT = Path(__file__).with_name("killed_client.py")
+CLIENT = Path(__file__).with_name("interrupted_client.py")
 SIZE = 16 * 1024 * 1024
 KILLED = -9
+CUT_OFF = 6
 WORK = Workload(block_size=512, start=4096, blocks=2048, delay=1500, verify=8)
 SCENARIOS = {
     "shallow-pivot": ("--shallow", "--pivot"),
@@ -99,23 +100,32 @@ async def scene(qemu: QemuFactory, images: ImageTools, tmp_path: Path) -> Scene:
 
 
 async def run_client(
-    scene: Scene, destination: Path, words: tuple[str, ...], number: int, moment: str
+    scene: Scene, destination: Path, words: tuple[str, ...], number: int, *interruption: str
 ) -> tuple[bool, str]:
-    """Run the command line; whether it was killed, and the last command that it got to."""
+    """Run the command line; whether it was interrupted, and the last command that it got to."""
     log = scene.folder / "log"
     log.unlink(missing_ok=True)
     command = ["blockcopy", str(scene.vm.qmp), "vd0", str(destination), *words]
     run = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, str(CLIENT), str(number), moment, str(log), *command],
+        [sys.executable, str(CLIENT), str(number), *interruption, str(log), *command],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=60,
         check=False,
         text=True,
     )
-    assert run.returncode in {KILLED, 0}, run.stderr
-    return run.returncode == KILLED, log.read_text().splitlines()[-1]
+    commands = log.read_text().splitlines()
+    interrupted = len(commands) > number
+    if not interrupted:
+        assert run.returncode == 0, run.stderr
+    elif interruption[0] == "kill":
+        assert run.returncode == KILLED, run.stderr
+    else:
+        # After its last command nothing is left for it to lose.
+        assert run.returncode in {CUT_OFF, 0}, run.stderr
+        assert "lost" in run.stderr or "goes on" in run.stderr or run.returncode == 0
+    return interrupted, commands[-1]
 
 
 async def recover(vm: Qemu, way: Way) -> tuple[list[Finding], str]:
@@ -142,11 +152,12 @@ def check_nothing_is_left(vm: Qemu, path: str) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", [Way.FINISH, Way.UNDO], ids=lambda way: way.value)
 @pytest.mark.parametrize("words", list(SCENARIOS.values()), ids=list(SCENARIOS))
+@pytest.mark.parametrize("how", ["kill", "cut"])
 async def test_every_command_may_be_the_clients_last(
-    scene: Scene, words: tuple[str, ...], way: Way, record_property: Any
+    scene: Scene, words: tuple[str, ...], way: Way, how: str, record_property: Any
 ) -> None:
-    tried, killed, path = 0, True, ""
-    while killed:
+    tried, interrupted, path = 0, True, ""
+    while interrupted:
         number, moment = divmod(tried, 2)
         destination = scene.folder / f"copy{tried}"
         when = ("before", "after")[moment]
@@ -154,10 +165,10 @@ async def test_every_command_may_be_the_clients_last(
         if prepared:
             await asyncio.to_thread(scene.prepare, destination)
         before = acknowledged(scene.serial)
-        killed, command = await run_client(scene, destination, words, number, when)
+        interrupted, command = await run_client(scene, destination, words, number, how, when)
         findings, path = await recover(scene.vm, way)
         after = acknowledged(scene.serial)
-        where = f"killed {when} command {number}, {command}: {findings}"
+        where = f"{how} {when} command {number}, {command}: {findings}"
         try:
             await asyncio.to_thread(check_nothing_is_left, scene.vm, path)
             await until_acknowledged(scene.serial, acknowledged(scene.serial) + 20)
@@ -174,7 +185,7 @@ async def test_every_command_may_be_the_clients_last(
                 assert report.problems == ()
         except (AssertionError, TimeoutError) as error:
             raise AssertionError(where) from error
-        tried += killed
+        tried += interrupted
     record_property("boundaries", tried)
     await asyncio.to_thread(scene.vm.kill)
     last = acknowledged(scene.serial)
