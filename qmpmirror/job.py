@@ -137,6 +137,7 @@ class Job:
     io_errors: int = attrs.field(default=0, init=False)
     moments: dict[str, float] = attrs.field(factory=dict, init=False)
     error: str = attrs.field(default="", init=False)
+    _events: int = attrs.field(default=0, init=False)
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
     _unsubscribe: Callable[[], None] | None = attrs.field(default=None, init=False)
 
@@ -210,10 +211,12 @@ class Job:
 
         What the events may have missed is made good: somebody else can dismiss a job.
         """
+        before = self._events
         for reply in await self.monitor.execute("query-jobs"):
             if reply["id"] == self.id:
                 found = JobStatus.parse(reply)
-                if found.status != self.life.status:
+                # An event may have overtaken the reply on its way through this process.
+                if found.status != self.life.status and self._events == before:
                     self._resume(found.status)
                 return found
         self._resume("null")
@@ -240,6 +243,7 @@ class Job:
             self.life.lose()
         elif event.name == "JOB_STATUS_CHANGE" and event.data.get("id") == self.id:
             self.moments[event.data["status"]] = event.seconds
+            self._events += 1
             self._feed(event.data["status"])
         elif event.data.get("device") != self.id:
             return
