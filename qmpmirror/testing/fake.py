@@ -93,6 +93,7 @@ class FakeMonitor:
     _faults: dict[str, Fault] = attrs.field(init=False, factory=dict)
     _later: list[Callable[[], object]] = attrs.field(init=False, factory=list)
     _clients: list[Client] = attrs.field(init=False, factory=list)
+    _accepted: int = attrs.field(default=0, init=False)
     _tasks: set[asyncio.Task[None]] = attrs.field(init=False, factory=set)
     _turn: asyncio.Lock = attrs.field(init=False, factory=asyncio.Lock)
     _arrival: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
@@ -213,6 +214,11 @@ class FakeMonitor:
         return [command.name for command in self.received]
 
     @property
+    def accepted(self) -> int:
+        """How many clients have connected so far."""
+        return self._accepted
+
+    @property
     def connected(self) -> int:
         """How many clients are being served."""
         return sum(client.served for client in self._clients)
@@ -245,6 +251,7 @@ class FakeMonitor:
     async def _serve(self, client: Client) -> None:
         queue = self.one_client or self.upstream is not None
         self._clients.append(client)
+        self._accepted += 1
         try:
             async with self._turn if queue else contextlib.nullcontext():
                 client.served = True

@@ -48,7 +48,7 @@ async def test_a_connection_that_breaks_in_the_greeting_is_tried_again(
     async with fake_monitor(half_line_then_close=True) as fake:
 
         async def mend() -> None:
-            while not fake.connected:  # noqa: ASYNC110
+            while not fake.accepted:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             fake.half_line_then_close = False
 
