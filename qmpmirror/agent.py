@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from qmpmirror import errors
+from qmpmirror.monitor import within
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -30,42 +31,61 @@ class Agent:
     _writer: asyncio.StreamWriter
     _seconds: float
 
-    async def execute(self, command: str, **arguments: Any) -> Any:
-        """Execute one of the agent's commands.
+    async def freeze(self) -> int:
+        """Freeze the guest's file systems; return how many (``guest-fsfreeze-freeze``)."""
+        return int(await self._execute("guest-fsfreeze-freeze"))
+
+    async def thaw(self) -> None:
+        """Thaw them (``guest-fsfreeze-thaw``); it is sent in any case."""
+        await self._execute("guest-fsfreeze-thaw")
+
+    async def _execute(self, command: str) -> Any:
+        """Execute one of the agent's commands, whatever an earlier one has left unread.
 
         Raises:
-            Refused: the agent's error reply.
+            Refused: the agent's error reply, or that it hung up.
             DeadlineExceeded: no reply in time.
         """
-        message = {"execute": command, "arguments": arguments}
-        self._writer.write(json.dumps(message).encode() + b"\n")
-        reply = json.loads(await self._line(command))
-        if "error" in reply:
-            raise errors.Refused(f"the guest agent refused {command}: {reply['error']['desc']}")
-        return reply.get("return")
-
-    async def synchronize(self) -> None:
-        """Leave behind what an earlier client has not read (``guest-sync-delimited``)."""
         number = secrets.randbelow(2**31)
-        message = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
-        self._writer.write(_SENTINEL + json.dumps(message).encode() + b"\n")
-        while True:
-            line = await self._line("guest-sync-delimited")
-            reply = json.loads(line.rpartition(_SENTINEL)[2] or b"{}")
-            if reply.get("return") == number:
-                return
+        self._send("guest-sync-delimited", {"id": number})
+        self._send(command)
+        while _parsed(await self._line(command)).get("return") != number:
+            pass
+        reply = _parsed(await self._line(command))
+        if "return" not in reply:
+            error = reply.get("error")
+            reason = error.get("desc") if isinstance(error, dict) else reply
+            raise errors.Refused(f"the guest agent refused {command}: {reason}")
+        return reply["return"]
+
+    def _send(self, command: str, arguments: dict[str, Any] | None = None) -> None:
+        message = {"execute": command, **({"arguments": arguments} if arguments else {})}
+        # The sentinel makes the agent forget a half-sent command of an earlier client.
+        start = _SENTINEL if arguments else b""
+        self._writer.write(start + json.dumps(message).encode() + b"\n")
 
     async def _line(self, command: str) -> bytes:
         try:
-            line = await asyncio.wait_for(self._reader.readline(), self._seconds)
+            line = await within(self._seconds, self._reader.readline())
         except asyncio.TimeoutError:
             raise errors.DeadlineExceeded(
                 f"the guest agent did not answer {command} within {self._seconds:g} s",
                 hint="is it running in the guest?",
             ) from None
+        except (OSError, ValueError):  # it was reset, or the line is endless
+            line = b""
         if not line:
             raise errors.Refused(f"the guest agent hung up during {command}")
         return line
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A reply; garbage is an empty one."""
+    try:
+        reply = json.loads(line.rpartition(_SENTINEL)[2])
+    except ValueError:
+        return {}
+    return reply if isinstance(reply, dict) else {}
 
 
 @asynccontextmanager
@@ -84,16 +104,31 @@ async def frozen(path: str, seconds: float = AGENT_SECONDS) -> AsyncIterator[int
         DeadlineExceeded: it did not answer.
     """
     try:
-        reader, writer = await asyncio.open_unix_connection(path)
+        reader, writer = await within(seconds, asyncio.open_unix_connection(path))
+    except asyncio.TimeoutError:
+        raise errors.DeadlineExceeded(f"guest agent {path}: nobody answers") from None
     except OSError as error:
         raise errors.Refused(f"guest agent {path}: {error.strerror}") from None
     agent = Agent(reader, writer, seconds)
     try:
-        await agent.synchronize()
         try:
-            yield await agent.execute("guest-fsfreeze-freeze")
-        finally:
+            yield await agent.freeze()
+        except BaseException as error:
             # Also when the freeze was not answered: it may have been carried out.
-            await agent.execute("guest-fsfreeze-thaw")
+            trouble = await _thaw(agent)
+            if isinstance(error, errors.Error):
+                error.left += trouble
+            raise
+        if trouble := await _thaw(agent):
+            raise errors.Refused(trouble[0])
     finally:
         writer.close()
+
+
+async def _thaw(agent: Agent) -> tuple[str, ...]:
+    """Thaw; say so if that is not certain."""
+    try:
+        await agent.thaw()
+    except errors.Error as error:
+        return (f"the guest's file systems may still be frozen: {error.description}",)
+    return ()

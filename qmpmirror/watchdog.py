@@ -9,6 +9,7 @@ word, it connects in the parent's place and releases the group.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -37,17 +38,30 @@ class Watchdog:
     _process: asyncio.subprocess.Process | None = attrs.field(default=None, init=False)
 
     async def __aenter__(self) -> None:
+        from qmpmirror import errors  # noqa: PLC0415 - the watchdog itself starts without
+
         if not self.address:
             return
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "qmpmirror.watchdog", self.address, self.group),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C is meant for the parent
-        )
-        # Only when it runs is there somebody to watch.
-        if self._process.stdout is not None:
+        # With the parent's own path: -m would look into the working directory first.
+        program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", program, self.address, self.group),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,  # when it has something to say, nobody listens
+                start_new_session=True,  # a Ctrl-C is meant for the parent
+            )
+        except OSError as error:
+            raise errors.Refused(f"the watchdog cannot be started: {error}") from None
+        if self._process.stdout is None:
+            return
+        try:
+            # Only when it runs is there somebody to watch.
             await self._process.stdout.readline()
+        except BaseException:
+            await self._end(_DONE)
+            raise
 
     async def __aexit__(
         self,
@@ -57,11 +71,15 @@ class Watchdog:
     ) -> None:
         from qmpmirror import errors  # noqa: PLC0415 - the watchdog itself starts without
 
+        await self._end(b"" if isinstance(exc, errors.ConnectionLost) else _DONE)
+
+    async def _end(self, word: bytes) -> None:
         if self._process is None or self._process.stdin is None:
             return
-        if not isinstance(exc, errors.ConnectionLost):
-            self._process.stdin.write(_DONE)
-        self._process.stdin.close()
+        with contextlib.suppress(ConnectionError):  # somebody may have killed it
+            self._process.stdin.write(word)
+            self._process.stdin.close()
+            await self._process.stdin.wait_closed()
         await self._process.wait()
 
 
@@ -80,7 +98,3 @@ async def _release(address: str, group: str) -> None:
 
     async with connect(address, timeout=_SECONDS) as vm:
         await release_group(vm.monitor, group)
-
-
-if __name__ == "__main__":
-    main()

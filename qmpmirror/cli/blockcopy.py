@@ -180,23 +180,31 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_which(made: words.Parser, arguments: argparse.Namespace, *, several: bool) -> None:
     """Either one disk and its copy, or several."""
-    one = arguments.path is not None or arguments.dest is not None
-    if several and one:
-        made.error("--diskspec and --all-disks take the place of PATH and DEST")
     if arguments.diskspec and arguments.all_disks:
         made.error("give either --diskspec or --all-disks")
-    if arguments.all_disks and not arguments.dest_dir:
-        made.error("--all-disks needs --dest-dir")
+    if arguments.all_disks is not bool(arguments.dest_dir):
+        made.error("--all-disks and --dest-dir need each other")
     if arguments.quiesce is not bool(arguments.agent):
         made.error("--quiesce and --agent need each other")
-    if several and not (arguments.pivot or arguments.finish):
+    if several:
+        _check_several(made, arguments)
+        return
+    if arguments.quiesce:
+        made.error("--quiesce goes with --diskspec or --all-disks")
+    for name in ("path", "dest"):
+        if getattr(arguments, name) is None:
+            made.error(f"--{name} is missing")
+
+
+def _check_several(made: words.Parser, arguments: argparse.Namespace) -> None:
+    if arguments.path is not None or arguments.dest is not None:
+        made.error("--diskspec and --all-disks take the place of PATH and DEST")
+    if not (arguments.pivot or arguments.finish):
         made.error("several disks need --pivot or --finish: they are ended together")
-    if not several:
-        if arguments.quiesce:
-            made.error("--quiesce goes with --diskspec or --all-disks")
-        for name in ("path", "dest"):
-            if getattr(arguments, name) is None:
-                made.error(f"--{name} is missing")
+    if arguments.print_qmp:
+        made.error("--print-qmp shows one disk: give PATH and DEST")
+    if arguments.async_:
+        made.error("--async leaves one disk to QEMU; several are ended here, together")
 
 
 def _options(made: words.Parser, arguments: argparse.Namespace) -> Options:

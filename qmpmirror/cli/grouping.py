@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -19,66 +20,83 @@ from qmpmirror.operations.handle import Progress
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from qmpmirror.cli.render import Output
     from qmpmirror.cli.run import Interrupts
     from qmpmirror.machine import Machine
+    from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.group import CopyGroup, GroupResult
     from qmpmirror.operations.options import Options
+
+_SWITCH: Final = {"on": True, "yes": True, "off": False, "no": False}
 
 
 async def copy_disks(
     arguments: argparse.Namespace, options: Options, output: Output, interrupts: Interrupts
 ) -> int:
     """``qmpmirror blockcopy`` with several disks; return the exit code."""
-    ending = Ending.PIVOT if arguments.pivot else Ending.FINISH
     async with await interrupts.guard(open_machine(arguments)) as vm:
         members = await interrupts.guard(_members(vm, arguments, options))
         freeze = arguments.max_freeze / 1000
+        starting = vm.blockcopy_group(members, max_freeze=freeze)
         try:
-            group = await interrupts.guard(vm.blockcopy_group(members, max_freeze=freeze))
+            group = await interrupts.guard(starting, takes_back=True)
         except Interrupted:
             return _aborted(output, Exit.FAILED)
+        for note in group.notes:
+            output.note(f"note: {note}")
         if arguments.quiesce:
-            group.around_cut = lambda: frozen(arguments.agent)
-        output.event("started", group=group.id, disks=[member.disk for member in members])
-        return await _follow(group, ending, arguments, output, interrupts)
+            group.around_cut = lambda: _quiesced(arguments.agent, output)
+        output.event("started", group=group.id, disks=[copy.disk.name for copy in group.copies])
+        return await _follow(group, arguments, output, interrupts)
 
 
 async def _follow(
-    group: CopyGroup,
-    ending: Ending,
-    arguments: argparse.Namespace,
-    output: Output,
-    interrupts: Interrupts,
+    group: CopyGroup, arguments: argparse.Namespace, output: Output, interrupts: Interrupts
 ) -> int:
+    ending = Ending.PIVOT if arguments.pivot else Ending.FINISH
     code = Exit.FAILED
     try:
-        watching = _watch(group, output, arguments)
-        if await interrupts.guard(watching):
+        if await interrupts.guard(_watch(group, output, arguments)):
             output.event("mirroring", group=group.id)
             end = group.pivot() if ending is Ending.PIVOT else group.finish()
-            return _ended(await interrupts.guard(end), ending, output)
+            return _ended(await interrupts.guard(end, takes_back=True), ending, output)
         code = Exit.DEADLINE
     except Interrupted:
-        pass
+        if group.result is not None and group.result.outcome is not Phase.ABORTED:
+            return _ended(group.result, ending, output)  # it came too late
     except errors.JobFailed as error:
-        output.say(f"Copy failed: {error.reason}")
-        output.event("result", outcome="failed", exit=int(Exit.FAILED), reason=error.reason)
-        return Exit.FAILED
-    await group.abort()
+        return _failed(error, output)
+    except errors.ConnectionLost as error:
+        advice = "the copies may go on in QEMU; qmpmirror recover picks them up"
+        raise errors.ConnectionLost(error.description, hint=advice) from error
+    if group.result is None:
+        await group.abort()
     return _aborted(output, code)
 
 
+@asynccontextmanager
+async def _quiesced(path: str, output: Output) -> AsyncIterator[None]:
+    """The guest's file systems stand still, as the agent says."""
+    async with frozen(path) as number:
+        output.event("quiesced", filesystems=number)
+        if not number:
+            output.note("warning: the guest agent has frozen no file system")
+        yield
+
+
 async def _members(vm: Machine, arguments: argparse.Namespace, options: Options) -> list[Member]:
-    if arguments.all_disks:
-        return [
-            _in_folder(disk.name, disk.image.driver, arguments.dest_dir, options)
-            for disk in await vm.disks()
-            if disk.image is not None and disk.qom_path and not disk.removable
-        ]
-    return [_parsed(spec, options) for spec in arguments.diskspec]
+    if not arguments.all_disks:
+        return [_parsed(spec, options) for spec in arguments.diskspec]
+    members = [
+        _in_folder(disk.name, disk.image.driver, arguments.dest_dir, options)
+        for disk in await vm.disks()
+        if disk.image is not None and disk.qom_path and not disk.removable
+    ]
+    if not members:
+        raise errors.Refused("there is no disk to copy")
+    return members
 
 
 def _in_folder(name: str, driver: str, folder: str, options: Options) -> Member:
@@ -93,8 +111,8 @@ def _parsed(spec: str, options: Options) -> Member:
     disk, _, rest = spec.partition(",")
     try:
         given = key_values([rest] if rest else [])
-    except ValueError as error:
-        raise errors.UsageError(f"--diskspec {spec!r}: {error}") from None
+    except ValueError:
+        raise errors.UsageError(f"--diskspec {spec!r}: not DISK,dest=DEST,KEY=VALUE") from None
     destination = given.pop("dest", "")
     if not disk or not destination:
         raise errors.UsageError(f"--diskspec {spec!r} needs DISK,dest=DEST")
@@ -102,7 +120,10 @@ def _parsed(spec: str, options: Options) -> Member:
     if "format" in given:
         changes["format"] = given.pop("format")
     if "shallow" in given:
-        changes["shallow"] = given.pop("shallow") in {"on", "yes", "true"}
+        word = given.pop("shallow")
+        if word not in _SWITCH:
+            raise errors.UsageError(f"--diskspec {spec!r}: shallow={word} is neither on nor off")
+        changes["shallow"] = _SWITCH[word]
     if given:
         raise errors.UsageError(f"--diskspec {spec!r}: {next(iter(given))} is unknown")
     return Member(disk, destination, attrs.evolve(options, **changes))
@@ -124,7 +145,8 @@ async def _watch(group: CopyGroup, output: Output, arguments: argparse.Namespace
     finally:
         if telling is not None:
             telling.cancel()
-            await asyncio.wait([telling])
+            # Its error, if any, is that of ready() too.
+            await asyncio.gather(telling, return_exceptions=True)
     return reached
 
 
@@ -151,21 +173,42 @@ def _ended(result: GroupResult, ending: Ending, output: Output) -> int:
         output.say("Successfully pivoted" if pivoted else "Successfully copied")
         output.note(f"the guest's writes waited {result.longest_freeze * 1000:.1f} ms")
     else:
-        each = ", ".join(f"{one.disk} {one.outcome.value}" for one in result.results)
-        output.say(f"Copy failed: {each}")
-    left = [entry for one in result.results for entry in one.left]
-    for entry in left:
+        output.say(f"Copy failed: {', '.join(map(_fate, result.results))}")
+    for entry in result.left_over:
         output.error(f"could not be cleaned up: {entry}")
-    code = Exit.FAILED if not done else Exit.NOT_CLEAN if left else Exit.DONE
+    code = Exit.FAILED if not done else Exit.NOT_CLEAN if result.left_over else Exit.DONE
     output.event(
         "result",
         outcome=result.outcome.value,
         exit=int(code),
         freeze=result.longest_freeze,
         disks=[attrs.asdict(one) | {"outcome": one.outcome.value} for one in result.results],
+        left=list(result.left),
         cut=[attrs.asdict(cut) | {"freeze": cut.freeze} for cut in result.cuts],
     )
     return code
+
+
+def _fate(result: Result) -> str:
+    """What became of one disk, when they differ."""
+    why = f" ({'; '.join(result.notes)})" if result.notes else ""
+    return f"{result.disk} {result.outcome.value}{why}"
+
+
+def _failed(error: errors.JobFailed, output: Output) -> int:
+    output.say(f"Copy failed: {error.reason}")
+    output.note(error.description)
+    for entry in error.left:
+        output.error(f"could not be cleaned up: {entry}")
+    output.event(
+        "result",
+        outcome="failed",
+        exit=int(Exit.FAILED),
+        reason=error.reason,
+        message=error.description,
+        left=list(error.left),
+    )
+    return Exit.FAILED
 
 
 def _aborted(output: Output, code: Exit) -> int:

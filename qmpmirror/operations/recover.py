@@ -94,12 +94,12 @@ async def recover(
     picture, found = await runs.read(monitor)
     if not dry_run and await release_all(monitor, found):
         picture, found = await runs.read(monitor)
+    findings: list[Finding] = []
     if way is Way.FINISH and not dry_run:
-        await _finish_groups(monitor, schema, picture, found)
+        findings += await _finish_groups(monitor, schema, picture, found)
         picture, found = await runs.read(monitor)
     folder = discover.working_folder(monitor.pid)
     known = await disks.read(monitor, picture, folder)
-    findings = []
     for run in found:
         if not dry_run:
             await _tidy(monitor, run)
@@ -117,26 +117,60 @@ async def recover(
 
 async def _finish_groups(
     monitor: Monitor, schema: Schema, picture: Graph, found: list[Run]
-) -> None:
+) -> list[Finding]:
     """End the disks of an interrupted group together, as they were meant to be."""
     folder = discover.working_folder(monitor.pid)
     known = await disks.read(monitor, picture, folder)
-    groups: dict[str, list[Copy]] = {}
+    groups: dict[str, dict[str, Copy]] = {}
+    broken: set[str] = set()
     for run in found:
-        if run.copy is None or Flag.GROUP not in run.copy.name.flags or run.asked is not None:
+        if run.copy is None or Flag.GROUP not in run.copy.name.flags:
             continue
+        group = names.group_of(run.id)
         disk = disk_of(run, run.copy, known)
-        if disk is not None and run.copy.status.status != "concluded":
-            copy = await attach_copy(monitor, schema, picture, run, disk)
-            groups.setdefault(names.group_of(run.id), []).append(copy)
+        if disk is None or run.copy.status.status == "concluded":
+            broken.add(group)
+            continue
+        for created in (run.data, run.file):
+            if created is not None:
+                await attempt(monitor, Command("job-dismiss", {"id": created.status.id}))
+        copy = await attach_copy(monitor, schema, picture, run, disk)
+        groups.setdefault(group, {})[run.id] = copy
+    findings = []
     for group, copies in groups.items():
-        together = CopyGroup(group, copies)
-        try:
+        # It was started last.
+        whole = group not in broken and names.member_run(group, 0) in copies
+        findings += await _finish_group(CopyGroup(group, list(copies.values())), whole=whole)
+    return findings
+
+
+async def _finish_group(together: CopyGroup, *, whole: bool) -> list[Finding]:
+    states = [_state(copy) for copy in together.copies]
+    try:
+        if not whole:
+            await together.roll_back()
+        else:
             await together.ready()
-            pivots = Flag.THEN_PIVOT in copies[0].name.flags
+            pivots = Flag.THEN_PIVOT in together.copies[0].name.flags
             await (together.pivot() if pivots else together.finish())
-        except (errors.JobError, errors.DeadlineExceeded):
-            continue  # all were rolled back; what is left of them is found in a moment
+    except (errors.JobError, errors.DeadlineExceeded):
+        pass  # all were rolled back
+    if together.result is None:
+        return []  # what has become of them is found in a moment
+    return [
+        Finding(
+            run=copy.name.run,
+            state=state,
+            disk=result.disk,
+            destination=result.destination,
+            active=result.active,
+            action=_done(result),
+            left=result.left,
+        )
+        for copy, state, result in zip(
+            together.copies, states, together.result.results, strict=True
+        )
+    ]
 
 
 async def _recover_copy(  # noqa: PLR0917 - the run and all that is needed to act on it
@@ -196,6 +230,8 @@ def _intention(copy: Copy, state: State, way: Way) -> str:
         return "would be put away"
     if way is Way.UNDO:
         return "would be aborted"
+    if state is State.ENDING and Flag.GROUP in copy.name.flags:
+        return "would be rolled back with its group, or finalized if that was cut"
     if state is State.ENDING:
         asked = copy.job.life.asked
         return f"would be seen through: {asked.value if asked else ''}"
@@ -206,6 +242,8 @@ def _intention(copy: Copy, state: State, way: Way) -> str:
 
 
 def _done(result: Result) -> str:
+    if result.outcome is Phase.FAILED:
+        return f"put away: it had failed: {'; '.join(result.notes)}"
     if result.outcome is Phase.PIVOTED:
         return "pivoted"
     if result.outcome is Phase.FINISHED:

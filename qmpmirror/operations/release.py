@@ -3,46 +3,60 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from qmpmirror import names, runs
+from qmpmirror.job import Job
 from qmpmirror.names import Flag
 from qmpmirror.steps import Command, attempt
 
 if TYPE_CHECKING:
     from qmpmirror.monitor import Monitor
-    from qmpmirror.runs import OurJob
-
-_ENDING = frozenset({"ready", "standby", "waiting", "pending"})
+    from qmpmirror.runs import OurJob, Run
 
 
 async def release_group(monitor: Monitor, group: str) -> None:
-    """Finalize the group when its cut was made, else cancel what waits for it.
+    """Finalize the group when its cut was made, else cancel all of it.
 
     All members were pending when the first was finalized, so finalizing the rest keeps the cut. As
     long as none was, cancelling leaves every disk as it was.
     """
     _, found = await runs.read(monitor)
-    members = [run for run in found if run.copy and names.group_of(run.id) == group]
-    jobs = [run.copy for run in members if run.copy and Flag.GROUP in run.copy.name.flags]
-    asked = [run.copy for run in members if run.copy and run.asked is not None]
-    cut_made = any(job.status.status == "concluded" and not job.status.error for job in jobs)
+    jobs = [_job(run) for run in found if names.group_of(run.id) == group]
+    members = [job for job in jobs if job is not None]
+    cut_made = any(job.status.status == "concluded" and not job.status.error for job in members)
     verb = "job-finalize" if cut_made else "job-cancel"
-    for job in _waiting(asked):
-        await attempt(monitor, Command(verb, {"id": job.status.id}))
+    running = [job.status for job in members if job.status.status != "concluded"]
+    if cut_made:
+        running = [status for status in running if status.status == "pending"]
+    # All at once: each of them may be what the guest waits for.
+    await asyncio.gather(
+        *(attempt(monitor, Command(verb, {"id": status.id})) for status in running)
+    )
+    for status in running:
+        with Job(monitor, status.id) as job:
+            await job.refresh()
+            await job.wait(lambda life: life.concluded)
 
 
-async def release_all(monitor: Monitor, found: list[runs.Run]) -> bool:
-    """Release every group that has a pending member; whether there was one."""
-    pending = {
+async def release_all(monitor: Monitor, found: list[Run]) -> bool:
+    """Release every group with a member that was told to end; whether there was one.
+
+    Its client is gone, and one disk must not be ended at another time than the others.
+    """
+    groups = {
         names.group_of(run.id)
         for run in found
-        if run.copy and run.copy.status.status == "pending" and Flag.GROUP in run.copy.name.flags
+        if (job := _job(run)) is not None
+        and job.status.status != "concluded"
+        and (run.asked is not None or job.status.status == "pending")
     }
-    for group in pending:
+    for group in groups:
         await release_group(monitor, group)
-    return bool(pending)
+    return bool(groups)
 
 
-def _waiting(jobs: list[OurJob]) -> list[OurJob]:
-    return [job for job in jobs if job.status.status in _ENDING]
+def _job(run: Run) -> OurJob | None:
+    """The job of a run that is a member of a group."""
+    return run.copy if run.copy is not None and Flag.GROUP in run.copy.name.flags else None
