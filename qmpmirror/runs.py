@@ -19,6 +19,8 @@ from qmpmirror.life import Ending
 from qmpmirror.names import JobName, Mark
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qmpmirror.graph import Graph
     from qmpmirror.monitor import Monitor
 
@@ -45,6 +47,7 @@ class Run:
         header: the job that writes the image's header, until it is dismissed.
         roles: the roles of its nodes.
         marks: what its target node's bitmaps say.
+        copied: whether another run copies from its nodes, and puts them away after a pivot.
     """
 
     id: str
@@ -54,6 +57,7 @@ class Run:
     header: OurJob | None = None
     roles: frozenset[str] = frozenset()
     marks: frozenset[Mark] = frozenset()
+    copied: bool = False
 
     @property
     def asked(self) -> Ending | None:
@@ -70,6 +74,8 @@ class Run:
         """Whether the run ended before its copy started, or without putting its nodes away."""
         if self.file or self.data or self.header:
             return True
+        if self.copied:
+            return False
         ours = {names.node_name(self.id, role) for role in self.roles}
         nodes = [name for name in ours if name in picture.nodes and not name.endswith("-probe")]
         return bool(nodes) and not any(
@@ -116,4 +122,13 @@ def parse(picture: Graph, jobs: list[JobStatus]) -> list[Run]:
         bitmaps = [names.parse_bitmap(bitmap.name) for bitmap in node.bitmaps]
         marks = {bitmap[1] for bitmap in bitmaps if bitmap and bitmap[0] == run.id}
         found[run.id] = attrs.evolve(run, roles=run.roles | {parsed[1]}, marks=run.marks | marks)
-    return list(found.values())
+    copied = {run for job in found.values() if job.copy for run in _copied_by(job.copy)}
+    return [attrs.evolve(run, copied=run.id in copied) for run in found.values()]
+
+
+def _copied_by(ours: OurJob) -> Iterator[str]:
+    """The runs whose nodes a copy reads from."""
+    for node in (ours.name.source, *ours.name.replaced):
+        parsed = names.parse_node(node)
+        if parsed is not None:
+            yield parsed[0]

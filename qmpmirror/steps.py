@@ -8,6 +8,7 @@ is therefore no error.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 from typing import TYPE_CHECKING, Any, Protocol
@@ -179,7 +180,14 @@ async def cancel_job(monitor: Monitor, job_id: str) -> None:
 
 
 def remove_file(path: str) -> bool:
-    """Remove a file that this run created; False if it is gone, or never came into being."""
+    """Remove a file that this run created; False if it is gone, or was never ours.
+
+    Another client may have been faster to create an image at the same path: one that is in use is
+    not removed.
+    """
+    if _is_in_use(path):
+        log.info("%s is in use and is not removed", path)
+        return False
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -190,6 +198,18 @@ def remove_file(path: str) -> bool:
             raise
         return False
     return True
+
+
+def _is_in_use(path: str) -> bool:
+    """Whether a process has locks on a file, as QEMU has on every image that it uses."""
+    try:
+        with open(path, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 async def _discard(path: str) -> None:

@@ -17,12 +17,13 @@ from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
 from qmpmirror.names import Flag, JobName, Mark
 from qmpmirror.operations import bitmaps, cautions, convergence
 from qmpmirror.operations.chain import attach_own_chain
-from qmpmirror.operations.conclusion import Result, conclude
+from qmpmirror.operations.conclusion import Result, conclude, source_size
 from qmpmirror.operations.handle import BlockJob
 from qmpmirror.steps import Command, attempt
 
 if TYPE_CHECKING:
     from qmpmirror.graph import Graph
+    from qmpmirror.sizes import ImageSize
 
 _CONVERGE_SECONDS: Final = 2.0
 _PAUSE_SECONDS: Final = 1.0
@@ -44,6 +45,7 @@ class Copy(BlockJob):
         backing: the node that both images share; empty when there is none, or the copy has a chain
             of its own.
         notes: what the user must know, one sentence each.
+        source_size: how large the source was just before a pivot, which closes it.
         result: how it has ended, whoever ended it; None while it goes on, and when it failed.
     """
 
@@ -52,6 +54,7 @@ class Copy(BlockJob):
     format: str
     backing: str
     notes: list[str] = attrs.field(factory=list, init=False)
+    source_size: ImageSize | None = attrs.field(default=None, init=False)
     result: Result | None = attrs.field(default=None, init=False)
 
     @property
@@ -199,6 +202,9 @@ class Copy(BlockJob):
                 await self.job.refresh()
                 if not self.job.life.concluded:
                     raise
+                if ending is Ending.ABORT:
+                    # Somebody else's finish is just what an abort would have done.
+                    self.job.life.asked = ending
             else:
                 await self._wait_for_end(ending, seconds, stall_seconds)
         return await self.conclude()
@@ -321,6 +327,7 @@ class Copy(BlockJob):
 
     async def _check_pivot(self, picture: Graph) -> None:
         """Refuse a switch that would lose data or end QEMU; give a late chain to the target."""
+        self.source_size = source_size(picture, self.name)
         node = picture.nodes.get(self.target_node)
         if self.disk.node in picture.nodes:
             await cautions.check_pivot(self.monitor, picture, self.disk)
@@ -359,10 +366,8 @@ class Copy(BlockJob):
         await attempt(self.monitor, Command("block-dirty-bitmap-remove", bitmap))
 
     def _already(self) -> errors.EndingAlreadyAsked:
-        if self.result is not None:
-            description = f"the copy of {self.disk.name} is {self.result.outcome.value} already"
-        else:
-            description = f"the copy of {self.disk.name} is being ended already"
+        how = self.result.outcome.value if self.result is not None else "being ended"
+        description = f"the copy of {self.disk.name} is {how} already"
         return errors.EndingAlreadyAsked(description, job_id=self.id)
 
     async def roll_back(self) -> Result:

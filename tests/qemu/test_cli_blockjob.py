@@ -7,11 +7,12 @@ import json
 import os
 import re
 import subprocess
-import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
+
+from tests.qemu.program import PINNED, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
     Said = tuple[int, str, str]
 
-PINNED = ("--bandwidth", "1", "--bytes", "--buf-size", "65536")
-"""Holds a copy in the copying phase."""
-
 SENSELESS = """
 --abort --pivot | --pause --resume | --watch --pivot | --bandwidth 5 --abort | 5 --pause
 --bandwidth 5 --raw | --async --bandwidth 5 | --async --info | --async --watch
@@ -32,17 +30,7 @@ SENSELESS = """
 --bytes --pivot | --bytes --async | 5 6 | --bandwidth -1 | --bandwidth=-1K | --bandwidth 5x
 --bandwidth 1.5 | --bandwidth 8E | --bandwidth
 """
-DEADLINE = 60
 BLOCKDEV = "qcow2,node-name=fmt0,file.driver=file,file.filename={}"
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds; what it returned."""
-    end = time.monotonic() + DEADLINE
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-    return found
 
 
 @attrs.frozen

@@ -9,13 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 
 from qmpmirror.testing.graph import GraphSnapshot, assert_clean_graph
+from tests.qemu.program import DEADLINE, PINNED, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,20 +25,7 @@ if TYPE_CHECKING:
     from tests.qemu.conftest import Boot, Cli, Layers
 
 SLOW = {"speed": 1}
-PINNED = ("--bandwidth", "1", "--bytes", "--buf-size", "65536")
-"""Holds a copy in the copying phase."""
-
-DEADLINE = 60
 LIMITED = "    Bandwidth limit: 1 bytes/s (1 B/s)\n"
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds; what it returned."""
-    end = time.monotonic() + DEADLINE
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-    return found
 
 
 @pytest.fixture

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.qemu.program import PINNED
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from qmpmirror.testing import Qemu
     from tests.qemu.conftest import Boot, Cli, Layers
-
-PINNED = ("--bandwidth", "1", "--bytes", "--buf-size", "65536")
-"""Holds a copy in the copying phase."""
 
 SIZE = r"\d+(?:\.\d)? (?:B|[KM]iB)"
 

@@ -7,13 +7,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 
 from qmpmirror.testing.graph import GraphSnapshot, assert_clean_graph
+from tests.qemu.program import BLOCKDEV, DRIVE, PINNED, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,25 +21,6 @@ if TYPE_CHECKING:
 
     from qmpmirror.testing import Qemu
     from tests.qemu.conftest import Boot, Cli, Layers, Unchanged
-
-PINNED = ("--bandwidth", "1", "--bytes", "--buf-size", "65536")
-"""Holds a copy in the copying phase."""
-
-DEADLINE = 60
-BLOCKDEV = (
-    *("-blockdev", "qcow2,node-name=fmt0,file.driver=file,file.filename={}"),
-    *("-device", "virtio-blk-pci,drive=fmt0,id=dev0"),
-)
-DRIVE = ("-drive", "if=virtio,format=qcow2,file={}")
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds; what it returned."""
-    end = time.monotonic() + DEADLINE
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-    return found
 
 
 @attrs.define
@@ -239,6 +220,20 @@ def test_pivot_that_has_ended_is_put_away(scene: Scene, mark: str, options: str)
     assert_clean_graph(scene.execute, before)
     assert scene.recover(*options.split()) == scene.says("ended", "pivoted", scene.copy)
     check_ended(scene, scene.copy)
+
+
+def test_pivot_from_an_earlier_copy_of_ours_is_one_thing_to_put_away(scene: Scene) -> None:
+    earlier = scene.copy
+    assert scene.cli("blockcopy", scene.vm.name, "vda", earlier, "--pivot").returncode == 0
+    scene.copy = scene.layers.folder / "second.qcow2"
+    scene.interrupt("--shallow", "--pivot")
+    scene.until_mirroring()
+    scene.execute("job-complete", id=scene.job["id"])
+    scene.reaches("concluded")
+    assert scene.recover("--dry-run") == scene.says("ended", "would be put away", scene.copy)
+    assert scene.recover() == scene.says("ended", "pivoted", scene.copy)
+    check_ended(scene, scene.copy)
+    assert earlier.exists()
 
 
 @pytest.mark.parametrize("mark", ["", "finish", "abort"])

@@ -5,24 +5,19 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qmpmirror.testing.graph import GraphSnapshot
+from tests.qemu.program import PINNED, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from qmpmirror.testing import Qemu
     from tests.qemu.conftest import Boot, Cli, Layers, Unchanged
 
-PINNED = ("--bandwidth", "1", "--bytes", "--buf-size", "65536")
-"""Holds a copy in the copying phase."""
-
-DEADLINE = 60
 DISK = (
     *("-blockdev", "qcow2,node-name=fmt0,file.driver=file,file.filename={}"),
     *("-device", "virtio-blk-pci,drive=fmt0,id=dev0"),
@@ -31,15 +26,6 @@ SPARE = (
     *("-blockdev", "qcow2,node-name=fmt1,file.driver=file,file.filename={}"),
     *("-device", "virtio-blk-pci,drive=fmt1,id=dev1"),
 )
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds; what it returned."""
-    end = time.monotonic() + DEADLINE
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-    return found
 
 
 @pytest.fixture

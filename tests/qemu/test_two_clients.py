@@ -1,250 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""Two qmpmirror processes at once on one QEMU, and outsiders in the middle of an ending.
-
-A gate before each client's monitor holds a command back, so that every order can be had.
-"""
+"""Two qmpmirror processes at once on one QEMU and on one disk, in every order that matters."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
-import threading
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import attrs
 import pytest
 
+from tests.qemu.clients import FILTERED, PLAIN, Scene, talk
+from tests.qemu.program import PINNED
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from qmpmirror.testing import Qemu
+    from tests.qemu.clients import Client, Said
     from tests.qemu.conftest import Boot, Cli, Layers, Unchanged
-
-    Said = tuple[int, str, str]
-
-PINNED = ("--bandwidth", "1", "--bytes", "--buf-size", "65536")
-"""Holds a copy in the copying phase."""
-
-DEADLINE = 60
-PLAIN = ("-device", "virtio-blk-pci,drive=fmt0,id=dev0")
-FILTERED = (
-    *("-object", "throttle-group,id=limits"),
-    *("-blockdev", "throttle,node-name=filter,throttle-group=limits,file=fmt0"),
-    *("-device", "virtio-blk-pci,drive=filter,id=dev0"),
-)
-"""Under a filter a second job-complete aborts QEMU before 10.0.10."""
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds; what it returned."""
-    end = time.monotonic() + DEADLINE
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-    return found
-
-
-@attrs.define
-class Gate:
-    """A socket before QEMU's: it notes the commands that pass, and holds one back until opened.
-
-    Attributes:
-        path: where the client connects.
-        monitor: QEMU's own socket.
-        held_back: tells by its number and name whether a command is the one.
-        sent: the commands that have passed.
-        held: set when the command has come.
-        opened: set to let it pass.
-    """
-
-    path: Path
-    monitor: Path
-    held_back: Callable[[int, str], bool]
-    sent: list[str] = attrs.field(factory=list)
-    held: threading.Event = attrs.field(factory=threading.Event)
-    opened: threading.Event = attrs.field(factory=threading.Event)
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(self.path))
-            listener.listen()
-            thread = threading.Thread(target=self._serve, args=(listener,))
-            thread.start()
-            try:
-                yield
-            finally:
-                self.opened.set()
-                listener.shutdown(socket.SHUT_RDWR)
-                thread.join()
-
-    def _serve(self, listener: socket.socket) -> None:
-        with (
-            contextlib.suppress(OSError),
-            listener.accept()[0] as client,
-            socket.socket(socket.AF_UNIX) as server,
-        ):
-            server.connect(str(self.monitor))
-            back = threading.Thread(target=_pass_on, args=(server, client))
-            back.start()
-            self._pass_commands(client, server)
-            back.join()
-
-    def _pass_commands(self, client: socket.socket, server: socket.socket) -> None:
-        decoder, text = json.JSONDecoder(), ""
-        with contextlib.suppress(OSError):
-            while chunk := client.recv(65536):
-                text = (text + chunk.decode()).lstrip()
-                while text:
-                    try:
-                        message, end = decoder.raw_decode(text)
-                    except ValueError:
-                        break
-                    self._pass_command(message["execute"])
-                    server.sendall(text[:end].encode())
-                    text = text[end:].lstrip()
-            server.shutdown(socket.SHUT_RDWR)
-
-    def _pass_command(self, command: str) -> None:
-        if self.held_back(len(self.sent), command) and not self.held.is_set():
-            self.held.set()
-            self.opened.wait(DEADLINE)
-        self.sent.append(command)
-
-
-def _pass_on(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while chunk := source.recv(65536):
-            sink.sendall(chunk)
-        sink.shutdown(socket.SHUT_RDWR)
-
-
-@attrs.define
-class Client:
-    """A qmpmirror process behind a gate."""
-
-    gate: Gate
-    process: subprocess.Popen[str]
-
-    def until_held(self) -> bool:
-        """Wait until the gate holds a command back; False if the process has ended without it."""
-        until(lambda: self.gate.held.is_set() or self.process.poll() is not None)
-        return self.gate.held.is_set()
-
-    def end(self) -> Said:
-        """Open the gate and wait for the end: exit code, stdout, stderr."""
-        self.gate.opened.set()
-        stdout, stderr = self.process.communicate(timeout=DEADLINE)
-        return self.process.returncode, stdout, stderr
-
-
-def never(_number: int, _command: str) -> bool:
-    return False
-
-
-@attrs.define
-class Scene:
-    """A QEMU whose ``vda`` runs on ``snap2``, and who talks to it."""
-
-    vm: Qemu
-    layers: Layers
-    cli: Cli
-    folder: Path
-    stack: contextlib.ExitStack
-    clients: list[Client] = attrs.field(factory=list)
-    copies: int = 0
-
-    def client(self, *words: str | Path, hold: str | int = "") -> Client:
-        """Begin a command on a socket of its own, with a command held back by number or name."""
-        number = len(self.clients)
-
-        def held_back(index: int, command: str) -> bool:
-            return hold in {index, command}
-
-        monitor = self.vm.sockets[number % len(self.vm.sockets)]
-        gate = Gate(self.folder / f"gate{number}", monitor, held_back)
-        self.stack.enter_context(gate())
-        command, *rest = map(str, words)
-        line = [sys.executable, "-W", "error", "-m", "qmpmirror", command, str(gate.path), *rest]
-        process = subprocess.Popen(
-            line,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        made = Client(gate, process)
-        self.stack.callback(process.communicate)
-        self.stack.callback(process.kill)
-        self.clients.append(made)
-        return made
-
-    def held(self, command: str, *words: str | Path) -> Client:
-        """The same, and wait until it is held back at a command."""
-        made = self.client(*words, hold=command)
-        assert made.until_held(), made.process.communicate()
-        return made
-
-    def mirroring(self) -> Path:
-        """Start a shallow copy, and wait until it mirrors."""
-        self.copies += 1
-        copy = self.layers.folder / f"copy{self.copies}.qcow2"
-        ran = self.cli("blockcopy", self.vm.name, "vda", copy, "--shallow", "--wait")
-        assert ran.returncode == 0, ran.stderr
-        return copy
-
-    @property
-    def execute(self) -> Callable[..., Any]:
-        return self.vm.execute
-
-    @property
-    def job(self) -> str:
-        """The only copy."""
-        (job,) = [job for job in self.execute("query-jobs") if job["type"] == "mirror"]
-        return str(job["id"])
-
-    @property
-    def active(self) -> str:
-        """The image under the guest's device and its filter."""
-        (drive,) = self.execute("query-block")
-        image: str = drive["inserted"]["image"]["filename"]
-        if image.startswith("json:"):
-            image = json.loads(image.removeprefix("json:"))["file"]["file"]["filename"]
-        return image
-
-    def completions(self) -> int:
-        """How many job-complete have been sent by all clients so far."""
-        return sum(client.gate.sent.count("job-complete") for client in self.clients)
-
-    def check_clean(self, image: str) -> None:
-        """The guest must run on an image, and nothing may be left of the copy but that."""
-        assert self.vm.running
-        assert self.active == image
-        assert self.execute("query-jobs") == []
-        nodes = self.execute("query-named-block-nodes")
-        assert not [bitmap for node in nodes for bitmap in node.get("dirty-bitmaps", ())]
-        ours = [n for n in nodes if n["node-name"].startswith("qmpmirror-")]
-        assert {node["file"] for node in ours} <= {image}
 
 
 @pytest.fixture
 def scene(
     request: pytest.FixtureRequest, boot: Boot, layers: Layers, cli: Cli, tmp_path: Path
 ) -> Iterator[Scene]:
-    vm = boot(
-        *("-blockdev", f"qcow2,node-name=fmt0,file.driver=file,file.filename={layers.snap2}"),
-        *getattr(request, "param", PLAIN),
-        name=f"two-{os.urandom(6).hex()}",
-        qmp_sockets=2,
-    )
-    with contextlib.ExitStack() as stack:
-        yield Scene(vm, layers, cli, tmp_path, stack)
+    with talk(boot, layers, cli, tmp_path, getattr(request, "param", PLAIN)) as made:
+        yield made
 
 
 both_disks = pytest.mark.parametrize("scene", [PLAIN, FILTERED], indirect=True, ids=["", "filter"])
@@ -302,3 +82,146 @@ def test_two_pivots_send_one_job_complete(scene: Scene, hold: str) -> None:
             assert (code, stdout) == (4, "")
             assert stderr.splitlines()[-1] == "error: the copy of vda is being ended already"
     scene.check_clean(str(copy))
+
+
+@pytest.mark.parametrize("depth", ["--shallow", "--raw"])
+def test_who_comes_second_to_a_destination_does_not_remove_what_the_first_has_made(
+    scene: Scene, depth: str
+) -> None:
+    spare = scene.layers.images.create(
+        scene.layers.folder / "spare.qcow2", backing=scene.layers.base
+    )
+    file = {"driver": "file", "filename": str(spare)}
+    scene.execute("blockdev-add", driver="qcow2", node_name="fmt1", file=file)
+    scene.execute("device_add", driver="virtio-blk-pci", drive="fmt1", id="dev1")
+    copy, content = scene.layers.folder / "copy", scene.layers.content(scene.layers.snap2)
+    # For both there is nothing yet at the destination.
+    first, second = (
+        scene.held("blockdev-create", "blockcopy", disk, copy, depth, "--wait")
+        for disk in ("vda", "vdb")
+    )
+    assert first.end() == (0, "Now in mirroring phase\n", "")
+    code, stdout, stderr = second.end()
+    assert (code, stdout) == (4, "")
+    assert stderr.startswith(f"error: {copy}: ")
+    assert scene.client("blockjob", "vda", "--pivot").end()[:2] == (0, "Successfully pivoted\n")
+    assert scene.layers.content(copy, "raw" if depth == "--raw" else "qcow2") == content
+    nodes = scene.execute("query-named-block-nodes")
+    assert {"fmt1"} < {node["node-name"] for node in nodes}
+    assert scene.execute("query-jobs") == []
+
+
+ENDINGS = {
+    "pivot": ("job-complete", "Successfully pivoted\n"),
+    "finish": ("block-job-cancel", "Successfully copied\n"),
+    "abort": ("block-job-cancel", "Copy aborted\n"),
+}
+MARK = "block-dirty-bitmap-add"
+EXCLUSIVE = [("pivot", "abort"), ("abort", "pivot"), ("finish", "pivot")]
+
+
+def begin(scene: Scene, ending: str, copy: Path | None, hold: str) -> tuple[Client, Path]:
+    """Begin to end a copy, which a finish starts itself, and wait until it is held back."""
+    if ending == "finish":
+        copy = scene.layers.folder / "copy.qcow2"
+        return scene.held(hold, "blockcopy", "vda", copy, "--shallow", "--finish"), copy
+    return scene.held(hold, "blockjob", "vda", f"--{ending}"), copy or scene.mirroring()
+
+
+def check_one_has_won(scene: Scene, copy: Path, winner: str, won: Said, lost: Said) -> None:
+    """What both say must be what has happened."""
+    pivoted = winner == "pivot"
+    assert won[:2] == (0, ENDINGS[winner][1]), won
+    outcome = "pivoted" if pivoted else "finished"
+    assert lost[:2] == (1, f"Copy failed: somebody else ended it: {outcome}\n"), lost
+    image = copy if pivoted else scene.layers.snap2
+    assert f"the guest runs on {copy}" in lost[2] or not pivoted
+    assert scene.completions() <= 1 + (not pivoted)
+    scene.check_clean(str(image))
+    assert copy.exists()
+
+
+@both_disks
+@pytest.mark.parametrize(("first", "second"), EXCLUSIVE)
+def test_ending_that_was_not_written_down_yet_comes_too_late(
+    scene: Scene, first: str, second: str
+) -> None:
+    copy = None if first == "finish" else scene.mirroring()
+    late, copy = begin(scene, first, copy, MARK)
+    winner, _ = begin(scene, second, copy, MARK)
+    won = winner.end()
+    check_one_has_won(scene, copy, second, won, late.end())
+
+
+@both_disks
+@pytest.mark.parametrize(("first", "second"), EXCLUSIVE)
+def test_ending_that_was_written_down_but_not_sent_comes_too_late(
+    scene: Scene, first: str, second: str
+) -> None:
+    copy = None if first == "finish" else scene.mirroring()
+    winner, copy = begin(scene, first, copy, MARK)
+    late, _ = begin(scene, second, copy, ENDINGS[second][0])
+    won = winner.end()
+    check_one_has_won(scene, copy, first, won, late.end())
+
+
+@both_disks
+@pytest.mark.parametrize(("first", "second"), EXCLUSIVE)
+def test_ending_that_was_written_down_is_not_overtaken(
+    scene: Scene, first: str, second: str
+) -> None:
+    copy = None if first == "finish" else scene.mirroring()
+    winner, copy = begin(scene, first, copy, ENDINGS[first][0])
+    code, stdout, stderr = scene.client("blockjob", "vda", f"--{second}").end()
+    assert (code, stdout) == (4, "")
+    assert stderr.splitlines()[-1] == "error: the copy of vda is being ended already"
+    assert winner.end()[:2] == (0, ENDINGS[first][1])
+    scene.check_clean(str(copy if first == "pivot" else scene.layers.snap2))
+    assert scene.completions() == (first == "pivot")
+
+
+@both_disks
+@pytest.mark.parametrize("other", ["--pivot", "--abort"])
+def test_race_that_nobody_holds_back(scene: Scene, other: str) -> None:
+    for _ in range(3):
+        source, copy = scene.active, scene.mirroring()
+        clients = [scene.client("blockjob", "vda", ending) for ending in ("--pivot", other)]
+        answers = [client.end() for client in clients]
+        done = [stdout for code, stdout, _ in answers if code == 0]
+        assert done, answers
+        pivoted = "Successfully pivoted\n" in done
+        assert scene.active == (str(copy) if pivoted else source)
+        assert not (pivoted and "Copy aborted\n" in done), answers
+        for code, stdout, stderr in answers:
+            assert code in {0, 1, 4}, stderr
+            assert code != 1 or "somebody else" in stdout + stderr
+            refusal = stderr.splitlines()[-1] if code == 4 else ""
+            assert code != 4 or "being ended" in refusal or "does not have an active" in refusal
+        scene.check_clean(scene.active)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("scene", [FILTERED], indirect=True, ids=["filter"])
+@pytest.mark.parametrize("other", ["blockjob vda --pivot", "recover", "recover --finish"])
+def test_pivot_with_another_client_before_each_of_its_commands(scene: Scene, other: str) -> None:
+    number = 1  # the first one makes the connection
+    while True:
+        source, copy, before = scene.active, scene.mirroring(), scene.completions()
+        first = scene.client("blockjob", "vda", "--pivot", hold=number)
+        if not first.until_held():
+            break
+        answers = [scene.client(*other.split()).end(), first.end()]
+        where = f"command {number}, {first.gate.sent[number]}: {answers}"
+        pivoted = any("pivoted" in stdout for _, stdout, _ in answers)
+        assert scene.vm.running, where
+        # Who waits between writing a pivot down and sending it is taken for dead by recover.
+        again = pivoted and "recover" in other and first.gate.sent[number] == "job-complete"
+        assert scene.completions() - before == pivoted + again, where
+        assert any(code == 0 for code, _, _ in answers), where
+        assert {code for code, _, _ in answers} <= {0, 1, 4}, where
+        assert scene.active == (str(copy) if pivoted else source), where
+        scene.check_clean(scene.active)
+        number += 1
+    assert first.end()[0] == 0
+    assert number > 15
