@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 import json
 import os
+import re
 import stat
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _NBD_PORT: Final = 10809
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _LOOKED_AT: Final = 1024 * 1024
 _MAGICS: Final[Sequence[tuple[bytes, str]]] = (
     (b"QFI\xfb\0\0\0\2", "qcow2"),
@@ -84,6 +86,11 @@ def parse(text: str) -> Destination:
         return _json(text)
     if text.startswith(("nbd://", "nbd+unix://")):
         return _nbd(text)
+    if _URL.match(text):
+        raise errors.UsageError(
+            f"destination {text!r}: nbd:// and nbd+unix:// are the only URLs",
+            hint='give the options of blockdev-add instead: json:{"driver": ...}',
+        )
     path = os.path.abspath(text)
     return Destination(path, Kind.FILE, {"driver": "file", "filename": path})
 

@@ -134,14 +134,14 @@ def parse_command_line(argv: Sequence[str], cwd: Path) -> tuple[str, str, tuple[
     name = ""
     chardevs: dict[str, Endpoint | None] = {}
     monitors: list[Endpoint | str | None] = []
-    for option, value in _options(argv[start + 1 :]):
+    for option, value in options(argv[start + 1 :]):
         if option == "name":
-            parsed = _suboptions(value, implied="guest")
+            parsed = suboptions(value, implied="guest")
             name = parsed.get("guest", name)
         elif option in {"qmp", "qmp-pretty"}:
             monitors.append(_legacy_chardev(value, cwd))
         elif option == "chardev":
-            parsed = _suboptions(value, implied="backend")
+            parsed = suboptions(value, implied="backend")
             chardevs[parsed.get("id", "")] = _chardev(parsed, cwd)
         elif option == ("monitor" if daemon else "mon"):
             monitors.append(_monitor(value, default_mode="control" if daemon else "readline"))
@@ -174,7 +174,7 @@ def _program_index(argv: Sequence[str]) -> int | None:
     return None
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+def options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The options with their values: QEMU writes both ``-x`` and ``--x``."""
     for index, word in enumerate(words):
         if word.startswith("-"):
@@ -183,7 +183,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield option, inline if equals else following
 
 
-def _suboptions(value: str, implied: str) -> dict[str, str]:
+def suboptions(value: str, implied: str) -> dict[str, str]:
     """``a,b=c`` as a dictionary; ``,,`` is a comma, and the first word may lack its key."""
     parsed: dict[str, str] = {}
     # No command line has a NUL in it; of three commas the first two are the literal one.
@@ -200,7 +200,7 @@ def _suboptions(value: str, implied: str) -> dict[str, str]:
 
 def _monitor(value: str, default_mode: str) -> str | None:
     """The chardev that ``-mon`` makes a QMP monitor of."""
-    parsed = _suboptions(value, implied="chardev")
+    parsed = suboptions(value, implied="chardev")
     return parsed.get("chardev") if parsed.get("mode", default_mode) == "control" else None
 
 
@@ -210,9 +210,9 @@ def _legacy_chardev(value: str, cwd: Path) -> Endpoint | str | None:
     if scheme == "chardev":
         return rest
     if scheme == "unix":
-        return _chardev({"backend": "socket"} | _suboptions(rest, implied="path"), cwd)
+        return _chardev({"backend": "socket"} | suboptions(rest, implied="path"), cwd)
     if scheme in {"tcp", "telnet"}:
-        parsed = {"backend": "socket"} | _suboptions(rest, implied="address")
+        parsed = {"backend": "socket"} | suboptions(rest, implied="address")
         parsed["host"], _, parsed["port"] = parsed.pop("address", "").rpartition(":")
         return _chardev(parsed, cwd)
     return None

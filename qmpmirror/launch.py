@@ -7,9 +7,23 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+import attrs
+
+from qmpmirror import destination as places
+from qmpmirror import errors, names
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qmpmirror.disks import Disk
-    from qmpmirror.graph import Node
+    from qmpmirror.graph import Graph, Node
+    from qmpmirror.monitor import Monitor
+
+_OBJECTS: Final = {
+    "secret": ("secret", "file"),
+    "tls": ("tls-creds-x509,endpoint=client,verify-peer=on", "dir"),
+}
+"""What our objects are, by role, and the property that says what the user gave."""
 
 _NAMED_BY_QEMU: Final = re.compile(
     r"(?:(?P<paired>ide|scsi)(?P<bus>\d+)-(?P<media>hd|cd)(?P<unit>\d+)"
@@ -18,7 +32,50 @@ _NAMED_BY_QEMU: Final = re.compile(
 """What QEMU calls a ``-drive`` without an id: it says where the drive is connected."""
 
 
-def options(disk: Disk, destination: str, new_format: str) -> list[str]:
+@attrs.frozen
+class Opened:
+    """How a copy is open, beyond its path.
+
+    Attributes:
+        storage: the driver of its protocol node.
+        filename: where it is, as QEMU names it: a path, a URL or ``json:{...}``.
+        size: of a window that is smaller than its storage, in bytes; 0 for the whole of it.
+        secret: the id of its passphrase; empty when it is not encrypted.
+        objects: the words that make the objects which it needs.
+    """
+
+    storage: str
+    filename: str
+    size: int = 0
+    secret: str = ""
+    objects: tuple[str, ...] = ()
+
+
+async def read(monitor: Monitor, picture: Graph, run: str) -> Opened:
+    """How the copy of a run is open; its objects are looked up by ``qom-get``."""
+    target = picture.nodes[names.node_name(run, "format")]
+    storage = picture.storage(target.name)
+    windowed = target.driver == "raw" and target.virtual_size < storage.virtual_size
+    found = {}
+    for role, (what, where) in _OBJECTS.items():
+        arguments = {"path": f"/objects/{names.node_name(run, role)}", "property": where}
+        try:
+            value = str(await monitor.execute("qom-get", arguments))
+        except errors.CommandFailed:
+            continue
+        found[role] = f"{what},id={names.node_name(run, role)},{where}={_escaped(value)}"
+    return Opened(
+        storage.driver,
+        picture.path(target.name) or storage.filename,
+        target.virtual_size if windowed else 0,
+        names.node_name(run, "secret") if "secret" in found else "",
+        tuple(word for text in found.values() for word in ("-object", text)),
+    )
+
+
+def options(
+    disk: Disk, destination: str, new_format: str, opened: Opened | None = None
+) -> list[str]:
     """The words that open the copy in the place of the disk's old image.
 
     A disk of ``-drive`` gets a ``-drive`` with the same place or the same id, one of ``-blockdev``
@@ -26,18 +83,63 @@ def options(disk: Disk, destination: str, new_format: str) -> list[str]:
     An image that is described inside of its filter's ``-blockdev`` has no name: it gets none here.
 
     What QEMU does not tell is not in these words, such as ``aio`` or ``serial``.
+
+    Args:
+        disk: the disk as it was.
+        destination: the path of the copy.
+        new_format: its image format.
+        opened: how it is open; None for a plain file at that path.
     """
+    opened = opened or Opened("file", destination)
     if disk.drive:
-        words = [f"file={destination.replace(',', ',,')}", f"format={new_format}"]
+        words = [f"file={_escaped(opened.filename)}", f"format={new_format}"]
         words += _place(disk)
+        given = _special(opened, new_format)
         if disk.image is not None:
-            words += [f"{key}={value}" for key, value in _drive_options(disk.image).items()]
-        return ["-drive", ",".join(words)]
+            given |= _drive_options(disk.image)
+        words += [f"{key}={value}" for key, value in given.items()]
+        return [*opened.objects, "-drive", ",".join(words)]
     node: dict[str, Any] = {"driver": new_format}
     if disk.image is not None and disk.image.named_by_user:
         node["node-name"] = disk.image.name
-    node["file"] = {"driver": "file", "filename": destination}
-    return ["-blockdev", json.dumps(node | _node_options(disk.image))]
+    node["file"] = _protocol(opened)
+    node |= _nested(_special(opened, new_format)) | _node_options(disk.image)
+    return [*opened.objects, "-blockdev", json.dumps(node)]
+
+
+def _escaped(value: str) -> str:
+    return value.replace(",", ",,")
+
+
+def _special(opened: Opened, new_format: str) -> dict[str, Any]:
+    """What the image itself needs, with dotted keys."""
+    given: dict[str, Any] = {"size": opened.size} if opened.size else {}
+    if opened.secret and new_format == "qcow2":
+        given |= {"encrypt.format": "luks", "encrypt.key-secret": opened.secret}
+    elif opened.secret:
+        given["key-secret"] = opened.secret
+    return given
+
+
+def _protocol(opened: Opened) -> dict[str, Any]:
+    """The options of the copy's protocol node."""
+    if opened.filename.startswith("json:"):
+        return _nested(json.loads(opened.filename.removeprefix("json:")))
+    if opened.storage == "nbd":
+        return dict(places.parse(opened.filename).options)
+    return {"driver": opened.storage, "filename": opened.filename}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as ``-blockdev`` takes them: as objects."""
+    found: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        inner = found
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return found
 
 
 def _place(disk: Disk) -> list[str]:

@@ -43,6 +43,7 @@ class Wish:
         synchronous: whether guest writes are going to wait for the target.
         is_zero: the user says that it reads as zeroes.
         server_seconds: how long to wait for a server that is not up yet.
+        aio: how QEMU reads and writes a local file or device; empty for its default.
     """
 
     format: str
@@ -54,6 +55,7 @@ class Wish:
     synchronous: bool = False
     is_zero: bool = False
     server_seconds: float = 0.0
+    aio: str = ""
 
 
 @attrs.frozen
@@ -170,8 +172,15 @@ class Planner:
         """Plan them.
 
         Raises:
-            Unsupported: QEMU cannot create the format.
+            Unsupported: QEMU cannot create the format, or has no such driver.
         """
+        driver = self.destination.options["driver"]
+        if driver not in self.schema.values("blockdev-add", "driver"):
+            raise errors.Unsupported(
+                f"this QEMU has no driver {driver!r} for {self.destination.text}",
+                command="blockdev-add",
+                argument="driver",
+            )
         creates = not self.wish.reuse and self.destination.kind is not Kind.IMAGE
         if creates and self.wish.format not in formats(self.schema):
             raise errors.Unsupported(
@@ -273,7 +282,7 @@ class Planner:
     def _open_data_file(self) -> Step:
         options = {"driver": "file", "filename": self.data_file, "read-only": False}
         node = {"node-name": names.node_name(self.run, "data")}
-        return OpenImage(options | node | self._carried_over())
+        return OpenImage(options | node | self._carried_over() | self._aio())
 
     def _encryption(self) -> dict[str, Any]:
         if not self.wish.secret:
@@ -283,7 +292,7 @@ class Planner:
 
     def _open_storage(self) -> Step:
         options = dict(self.destination.options) | {"node-name": self.storage, "read-only": False}
-        options |= self._carried_over()
+        options |= self._carried_over() | self._aio()
         if self.wish.tls_creds:
             options["tls-creds"] = names.node_name(self.run, "tls")
         return OpenImage(options, seconds=self.wish.server_seconds)
@@ -337,6 +346,9 @@ class Planner:
         cache = {"direct": self.source.cache_direct, "no-flush": self.source.cache_no_flush}
         # Without discard, zeroes are written out in full by QEMU 10.0 and older.
         return {"discard": "unmap", "cache": cache}
+
+    def _aio(self) -> dict[str, Any]:
+        return {"aio": self.wish.aio} if self.wish.aio else {}
 
     def _flags(self) -> frozenset[Flag]:
         flags = set()

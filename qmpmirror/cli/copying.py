@@ -38,7 +38,9 @@ async def copy_disk(
             output.event("result", outcome="aborted", exit=int(Exit.FAILED))
             return Exit.FAILED
         output.event("started", **_start_fields(plan))
-        async with CopySession(copy, output, interrupts, wanted=ending) as session:
+        async with CopySession(
+            copy, output, interrupts, wanted=ending, verbose=arguments.verbose
+        ) as session:
             await _follow(session, arguments, ending)
         return session.code
 
@@ -58,7 +60,7 @@ async def _follow(
     """See the copy through, as far as was asked."""
     if not arguments.wait:
         return await session.leave_running("Block Copy started")
-    in_time = await session.watch(seconds=arguments.timeout, verbose=arguments.verbose)
+    in_time = await session.watch(seconds=arguments.timeout)
     if in_time is not True:
         # Ctrl-C, or the timeout: as with virsh, both abort the copy.
         code = Exit.FAILED if in_time is None else Exit.DEADLINE

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from qmpmirror import discover, errors, launch
+from qmpmirror import discover, errors
 from qmpmirror.cli.exits import Exit
+from qmpmirror.cli.render import human_size
 from qmpmirror.cli.run import Interrupted
 from qmpmirror.life import Ending, Phase
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qmpmirror.cli.run import Interrupts
     from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.copy import Copy
+    from qmpmirror.sizes import ImageSize
 
 _ENDING_CHECKS: Final = 40
 _ENDING_PAUSE: Final = 0.05
@@ -38,6 +40,7 @@ class CopySession:
         output: where to tell of it.
         interrupts: Ctrl-C.
         wanted: the ending that is going to be asked for, if any.
+        verbose: whether to show the progress, and the sizes in the end.
         code: the exit code, in the end.
     """
 
@@ -45,6 +48,7 @@ class CopySession:
     output: Output
     interrupts: Interrupts
     wanted: Ending | None = None
+    verbose: bool = False
     code: Exit = Exit.DONE
 
     async def __aenter__(self) -> Self:
@@ -68,14 +72,14 @@ class CopySession:
             self.output.note(f"job {self.copy.id} goes on in QEMU; qmpmirror blockjob shows it")
         return False
 
-    async def watch(self, *, verbose: bool, seconds: float | None = None) -> bool | None:
+    async def watch(self, *, seconds: float | None = None) -> bool | None:
         """Wait for the mirroring phase, telling how far it is.
 
         Returns:
             True in the mirroring phase, False when time ran out, None after Ctrl-C.
         """
         try:
-            reached = await self.interrupts.guard(self._watch(seconds=seconds, verbose=verbose))
+            reached = await self.interrupts.guard(self._watch(seconds=seconds))
         except Interrupted:
             return None
         if reached:
@@ -118,14 +122,14 @@ class CopySession:
             "result", outcome=self.copy.phase.value, exit=int(Exit.DONE), job=self.copy.id
         )
 
-    async def _watch(self, *, seconds: float | None, verbose: bool) -> bool:
+    async def _watch(self, *, seconds: float | None) -> bool:
         async def tell() -> None:
             async for progress in self.copy.progress():
-                if verbose:
+                if self.verbose:
                     self.output.progress(progress)
                 self.output.event("progress", **progress.fields())
 
-        telling = asyncio.create_task(tell()) if verbose or self.output.as_json else None
+        telling = asyncio.create_task(tell()) if self.verbose or self.output.as_json else None
         try:
             in_time = await self.copy.ready(seconds=seconds)
             if telling is not None and in_time:
@@ -210,7 +214,7 @@ class CopySession:
 
     def _tell_images(self, result: Result) -> None:
         if result.outcome is Phase.PIVOTED:
-            words = shlex.join(self._launch(result))
+            words = shlex.join(result.launch)
             self.output.note(f"the guest runs on {result.active}; open it next time with: {words}")
         elif result.removed:
             self.output.note(f"{result.destination} was incomplete and has been removed")
@@ -218,6 +222,11 @@ class CopySession:
             self.output.note(f"{result.destination} is incomplete: do not use it")
         elif result.outcome is Phase.ABORTED:
             self.output.note(f"{result.destination} is a consistent copy")
+        if self.verbose and result.source_size and result.destination_size:
+            self.output.note(
+                f"the source is {_words(result.source_size)}; the copy"
+                f" {_words(result.destination_size)}"
+            )
 
     def _tell_left(self, left: tuple[str, ...]) -> None:
         for what in left:
@@ -225,15 +234,17 @@ class CopySession:
         if left and self.code is Exit.DONE:
             self.code = Exit.NOT_CLEAN
 
-    def _launch(self, result: Result) -> list[str]:
-        return launch.options(self.copy.disk, result.active, self.copy.format)
-
     def _result_fields(self, result: Result) -> dict[str, Any]:
         fields = attrs.asdict(result) | {"outcome": result.outcome.value, "job": self.copy.id}
         fields["left"], fields["notes"] = list(result.left), list(result.notes)
-        if result.outcome is Phase.PIVOTED:
-            fields["launch"] = self._launch(result)
+        fields["launch"] = list(result.launch)
         return fields
+
+
+def _words(size: ImageSize) -> str:
+    if size.allocated is None:
+        return human_size(size.virtual)
+    return f"{human_size(size.virtual)}, {human_size(size.allocated)} of it allocated"
 
 
 async def _has_ended(pid: int) -> bool:

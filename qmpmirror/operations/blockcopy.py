@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _BUSY: Final = ("Need a root block node", "in use by block job")
 """What QEMU says when somebody else was faster than we."""
+_DRIVER_HINT: Final = (
+    "QEMU knows it but cannot load it: qemu-block-extra or the like may be missing"
+)
 
 
 async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
@@ -86,5 +89,7 @@ def _explained(error: errors.CommandFailed, plan: Plan) -> errors.Error:
     # drive-mirror creates and opens it as well, but has other reasons to fail too.
     opened_by_mirror = error.command == DRIVE_MIRROR and f"'{path}'" in error.reason
     if opened_by_mirror or error.command in {"blockdev-create", "blockdev-add"}:
-        return errors.DestinationError(f"{path}: {error.reason}", destination=path)
+        reason = " ".join(error.reason.split())
+        hint = _DRIVER_HINT if reason.startswith("Unknown driver") else ""
+        return errors.DestinationError(f"{path}: {reason}", destination=path, hint=hint)
     return error

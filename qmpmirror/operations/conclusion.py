@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from qmpmirror import discover, disks, errors, graph, names
+from qmpmirror import discover, disks, errors, graph, launch, names, sizes
 from qmpmirror.life import Active, Ending, Life, Phase
 from qmpmirror.names import Flag
 from qmpmirror.steps import Command, attempt, remove_file
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from qmpmirror.graph import Graph
     from qmpmirror.monitor import Monitor
+    from qmpmirror.names import JobName
     from qmpmirror.operations.copy import Copy
+    from qmpmirror.sizes import ImageSize
 
 
 @attrs.frozen
@@ -39,6 +41,9 @@ class Result:
         removed: whether the destination's file was removed, because the copy was not whole.
         left: what could not be cleaned up, one entry each.
         notes: what the user must know, one sentence each.
+        source_size: of the images that were copied: the top one if shallow, else with all below it.
+        destination_size: of the copy. Both are None when that is not known any more.
+        launch: after a pivot, the words that open the copy at QEMU's next start (`launch`).
     """
 
     outcome: Phase
@@ -50,6 +55,9 @@ class Result:
     removed: bool = False
     left: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    source_size: ImageSize | None = None
+    destination_size: ImageSize | None = None
+    launch: tuple[str, ...] = ()
 
 
 async def conclude(copy: Copy) -> Result:
@@ -66,7 +74,10 @@ async def conclude(copy: Copy) -> Result:
     active, where = await _authoritative(copy, picture, error)
     outcome = life.conclude(error, active)
     consistent = _is_consistent(life)
+    words: tuple[str, ...] = ()
     if outcome is Phase.PIVOTED:
+        opened = await launch.read(monitor, picture, copy.name.run)
+        words = tuple(launch.options(copy.disk, where, copy.format, opened))
         await _remove_marks(copy, picture)
         left = await _let_go_of_source(copy, picture)
         removed = False
@@ -87,7 +98,16 @@ async def conclude(copy: Copy) -> Result:
         removed=removed,
         left=tuple(left),
         notes=tuple(copy.notes),
+        source_size=source_size(picture, copy.name) or copy.source_size,
+        destination_size=None if removed else sizes.of_image(picture, copy.target_node),
+        launch=words,
     )
+
+
+def source_size(picture: Graph, name: JobName) -> ImageSize | None:
+    """The size of what a copy copies, as long as its nodes are there."""
+    of = sizes.of_image if Flag.SHALLOW in name.flags else sizes.of_chain
+    return of(picture, name.source)
 
 
 async def _authoritative(copy: Copy, picture: Graph, error: str) -> tuple[Active, str]:

@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from qmpmirror import commandline, discover, disks, errors, graph, names, target
 from qmpmirror import destination as places
-from qmpmirror import discover, disks, errors, graph, names, target
 from qmpmirror.life import Ending
 from qmpmirror.names import Flag, JobName, Mark
-from qmpmirror.operations import bitmaps, cautions
+from qmpmirror.operations import cautions, drive_mirror, notes
 from qmpmirror.operations.check_base import CheckBase
 from qmpmirror.operations.options import DRIVE_MIRROR, Options
 from qmpmirror.operations.safe_start import misses_writes_at_start, stop_marks
 from qmpmirror.steps import Command, Execute, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from qmpmirror.commandline import Given
     from qmpmirror.destination import Destination
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph, Node
@@ -134,6 +133,7 @@ async def plan(
         picture=picture,
         folder=folder,
         sees_our_files=discover.sees_our_files(monitor.pid),
+        given=commandline.given(monitor.pid, disk.path),
         options=options,
         disk=disk,
         source=_source(picture, disk, disk_name),
@@ -172,6 +172,7 @@ class _Planner:
     picture: Graph
     folder: str | None
     sees_our_files: bool
+    given: Given
     options: Options
     disk: Disk
     source: Node
@@ -210,7 +211,16 @@ class _Planner:
             mirror=self._mirror(job, where, wish, made),
             replaced=() if self.options.keep_source else tuple(replaced),
             stops_vcpus=stops_vcpus,
-            notes=tuple(self._notes(wish)),
+            notes=tuple(
+                notes.foreseen(
+                    self.picture,
+                    self.disk,
+                    self.source,
+                    self.given,
+                    wish.format,
+                    shallow=bool(self.backing),
+                )
+            ),
         )
 
     def _look(self, where: Destination) -> Destination:
@@ -242,6 +252,7 @@ class _Planner:
             synchronous=options.synchronous_writes,
             is_zero=options.dest_is_zero,
             server_seconds=options.server_seconds,
+            aio=self.given.aio if where.is_local else "",
         )
 
     def _probe(self, where: Destination) -> str:
@@ -273,7 +284,14 @@ class _Planner:
         if where.is_local and self.sees_our_files:
             self._check_presence(where, wish)
         if self.by_path:
-            self._check_drive_mirror(where, wish)
+            drive_mirror.check(
+                self.picture,
+                self.disk,
+                where,
+                wish,
+                synchronous=self.options.synchronous_writes,
+                shallow=bool(self.backing),
+            )
 
     def _check_presence(self, where: Destination, wish: Wish) -> None:
         if wish.reuse and not where.exists:
@@ -288,27 +306,6 @@ class _Planner:
                 f"{where.text} exists already and is not empty",
                 destination=where.text,
                 hint="give a new path; --reuse-external opens it as it is, --overwrite formats it",
-            )
-
-    def _check_drive_mirror(self, where: Destination, wish: Wish) -> None:
-        if self.options.synchronous_writes and self.backing:
-            # drive-mirror opens its target without the backing file: guest writes smaller than a
-            # cluster would hide the base's data.
-            raise errors.Refused(
-                "synchronous writes with a shallow drive-mirror would corrupt the copy",
-                hint="use blockdev-mirror",
-            )
-        if where.kind is not places.Kind.FILE or wish.reuse or wish.options or wish.secret:
-            raise errors.Refused(
-                "drive-mirror takes a new file only, and no options for it",
-                hint="use blockdev-mirror",
-            )
-        if not self.disk.qom_path and not self.picture.is_used(self.disk.node):
-            # The target of a drive-mirror is the job's alone: after a pivot nobody would hold it.
-            raise errors.Refused(
-                f"drive-mirror of node {self.disk.node}, which nothing uses, would lose the copy"
-                " in a pivot",
-                hint="use blockdev-mirror",
             )
 
     def _target(self, run: str, where: Destination, wish: Wish) -> Target:
@@ -337,17 +334,6 @@ class _Planner:
         # It opens the image by its path: instead of opening the format, the storage is closed.
         close = Execute(Command("blockdev-del", {"node-name": names.node_name(run, "storage")}))
         return attrs.evolve(made, steps=(*made.steps[:-1], close))
-
-    def _notes(self, wish: Wish) -> Iterator[str]:
-        yield from bitmaps.losses(self.source, wish.format)
-        filters = {self.picture.nodes[name].driver for name in self.picture.stack(self.disk.node)}
-        if "copy-on-read" in filters and not self.backing and self.source.child("backing"):
-            yield (
-                "the copy reads through the disk's copy-on-read filter: the source will grow by"
-                " what its backing files hold"
-            )
-        if "throttle" in filters:
-            yield "the copy reads through the disk's throttle filter: it uses up the guest's share"
 
     def _flags(self) -> frozenset[Flag]:
         options = self.options

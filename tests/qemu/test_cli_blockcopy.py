@@ -43,6 +43,11 @@ def test_the_documented_line(scene: Scene, layers: Layers, cli: Callable[..., An
     assert layers.digest(layers.snap2) == old
 
 
+SIZES = (
+    r"the source is 8\.0 MiB, [^\n]* of it allocated; the copy 8\.0 MiB, [^\n]* of it allocated\n"
+)
+
+
 @pytest.mark.parametrize("depth", [("--shallow",), ()], ids=["shallow", "full"])
 @pytest.mark.parametrize(
     ("ending", "message", "state"),
@@ -101,7 +106,7 @@ def test_progress_in_a_pipe_is_plain_lines(scene: Scene) -> None:
     code, stdout, stderr = scene.run("--verbose", "--finish")
     assert (code, stdout) == (0, "Successfully copied\n")
     assert re.fullmatch(
-        r"(Block Copy: \[[ \d]\d\.\d\d %\].*\n)*Block Copy: \[100\.00 %\].*\n", stderr
+        r"(Block Copy: \[[ \d]\d\.\d\d %\].*\n)*Block Copy: \[100\.00 %\].*\n" + SIZES, stderr
     )
 
 
@@ -112,8 +117,10 @@ def test_progress_on_a_terminal_is_one_line(scene: Scene) -> None:
             program = scene.begin("--verbose", "--finish", stderr=writer)
         assert program.end() == 0
         shown = reader.read(65536).decode()
-    assert re.fullmatch(r"(\rBlock Copy: \[[^\r\n]*\x1b\[K)+\r\n", shown)
-    assert shown.rindex("\rBlock Copy: [100.00 %]") == shown.rindex("\r", 0, -2)
+    progress, _, sizes = shown.partition("\r\n")
+    assert re.fullmatch(r"(\rBlock Copy: \[[^\r\n]*\x1b\[K)+", progress)
+    assert progress.rindex("\rBlock Copy: [100.00 %]") == progress.rindex("\r")
+    assert re.fullmatch(SIZES, sizes.replace("\r\n", "\n"))
     assert program.stdout == "Successfully copied\n"
 
 
