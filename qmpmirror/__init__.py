@@ -46,27 +46,32 @@ if TYPE_CHECKING:
     from qmpmirror.job import JobInfo
     from qmpmirror.life import Ending, Phase
     from qmpmirror.machine import Machine, connect
+    from qmpmirror.operations.blockcommit import ActiveCommit, CommitOptions, InnerCommit
+    from qmpmirror.operations.blockpull import Pull
     from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.copy import Copy
+    from qmpmirror.operations.findings import Finding, Way
     from qmpmirror.operations.group import CopyGroup, Cut, GroupResult, Member
     from qmpmirror.operations.handle import BlockJob, Progress
     from qmpmirror.operations.options import Options
     from qmpmirror.operations.plan import Plan
-    from qmpmirror.operations.recover import Finding, Way
 
 __version__ = "0.1.0.dev0"
 
 # Loaded when first used: a command line that only prints its help needs none of it.
 _HOMES = {
+    "ActiveCommit": "operations.blockcommit",
     "BlockJob": "operations.handle",
+    "CommitOptions": "operations.blockcommit",
     "Copy": "operations.copy",
     "CopyGroup": "operations.group",
     "Cut": "operations.group",
     "Disk": "disks",
     "Ending": "life",
-    "Finding": "operations.recover",
+    "Finding": "operations.findings",
     "Graph": "graph",
     "GroupResult": "operations.group",
+    "InnerCommit": "operations.blockcommit",
     "JobInfo": "job",
     "Machine": "machine",
     "Member": "operations.group",
@@ -75,17 +80,20 @@ _HOMES = {
     "Phase": "life",
     "Plan": "operations.plan",
     "Progress": "operations.handle",
+    "Pull": "operations.blockpull",
     "Result": "operations.conclusion",
-    "Way": "operations.recover",
+    "Way": "operations.findings",
     "connect": "machine",
 }
 
 __all__ = [
+    "ActiveCommit",
     "AmbiguousDisk",
     "AmbiguousDomain",
     "BlockJob",
     "CommandFailed",
     "CommandTimeout",
+    "CommitOptions",
     "ConnectError",
     "ConnectionLost",
     "Copy",
@@ -105,6 +113,7 @@ __all__ = [
     "Finding",
     "Graph",
     "GroupResult",
+    "InnerCommit",
     "JobError",
     "JobFailed",
     "JobInfo",
@@ -121,6 +130,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Progress",
+    "Pull",
     "Refused",
     "Result",
     "Stalled",

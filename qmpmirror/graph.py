@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from qmpmirror import errors
+from qmpmirror import errors, names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -296,7 +296,9 @@ async def _beware_of_concluded_jobs(monitor: Monitor) -> None:
             raise errors.Refused(
                 f"{job['type']} job {job['id']} is concluded and not dismissed: this QEMU would"
                 " crash if its nodes were looked at",
-                hint=f'dismiss it: job-dismiss {{"id": "{job["id"]}"}}',
+                hint="qmpmirror recover puts it away"
+                if names.parse_job(job["id"])
+                else f'dismiss it: job-dismiss {{"id": "{job["id"]}"}}',
             )
 
 

@@ -11,11 +11,12 @@ from qmpmirror import address, discover, disks, graph, schema, stats
 from qmpmirror.connection import CONNECT_SECONDS, open_monitor
 from qmpmirror.job import JobInfo, block_jobs
 from qmpmirror.monitor import Monitor, Transcript
-from qmpmirror.operations import blockcopy, blockjob, group, recover
+from qmpmirror.operations import blockcommit, blockcopy, blockjob, blockpull, group, recover
 from qmpmirror.operations import plan as planning
+from qmpmirror.operations.blockcommit import CommitOptions
+from qmpmirror.operations.findings import Way
 from qmpmirror.operations.group import MAX_FREEZE
 from qmpmirror.operations.options import Options
-from qmpmirror.operations.recover import Way
 
 if TYPE_CHECKING:
     import os
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
 
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph
+    from qmpmirror.operations.blockcommit import ActiveCommit, CommitKeywords, InnerCommit
+    from qmpmirror.operations.blockpull import Pull
     from qmpmirror.operations.copy import Copy
+    from qmpmirror.operations.findings import Finding
     from qmpmirror.operations.group import CopyGroup, Member
     from qmpmirror.operations.handle import BlockJob
     from qmpmirror.operations.options import Keywords
     from qmpmirror.operations.plan import Plan
-    from qmpmirror.operations.recover import Finding
     from qmpmirror.schema import Schema
     from qmpmirror.stats import Sizes, Traffic
 
@@ -120,7 +123,8 @@ class Machine:
             disk: as for `disk`.
 
         Returns:
-            A `Copy`, with all its endings, for a job of ours; else a `BlockJob`.
+            For a job of ours what has started it, such as a `Copy` with all its endings; else a
+            `BlockJob`.
         """
         return await blockjob.attach(self.monitor, await self.schema(), disk)
 
@@ -165,6 +169,43 @@ class Machine:
         Raises: as `blockcopy`.
         """
         return await group.start(self.monitor, await self.schema(), members, max_freeze=max_freeze)
+
+    async def blockcommit(
+        self, disk: str, **options: Unpack[CommitKeywords]
+    ) -> ActiveCommit | InnerCommit:
+        """Start to write images of a disk's chain into one below them; return once the job runs.
+
+        Cancelling this, or any error, takes it back; what was written to the base by then stays,
+        which changes nothing of what the guest sees.
+
+        Args:
+            disk: as for `disk`.
+            options: the fields of `CommitOptions`, such as ``shallow=True`` or ``active=True``.
+
+        Returns:
+            An `ActiveCommit`, with the endings of a copy, when the active image is committed; else
+            an `InnerCommit`, which ends by itself.
+
+        Raises: as `blockcopy`.
+        """
+        return await blockcommit.start(
+            self.monitor, await self.schema(), disk, CommitOptions(**options)
+        )
+
+    async def blockpull(self, disk: str, *, base: str = "", bandwidth: int = 0) -> Pull:
+        """Start to read into a disk's active image what lies below it; return once the job runs.
+
+        Cancelling this, or any error, takes it back; what was read by then stays.
+
+        Args:
+            disk: as for `disk`.
+            base: node name or path of the image that stays below; empty to need none any more.
+            bandwidth: limit in bytes/s, 0 for none.
+
+        Raises: as `blockcopy`.
+        """
+        schema = await self.schema()
+        return await blockpull.start(self.monitor, schema, disk, base=base, bandwidth=bandwidth)
 
     async def plan_blockcopy(
         self, disk: str, destination: str | os.PathLike[str], options: Options

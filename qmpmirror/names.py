@@ -12,10 +12,10 @@ node      ``qmpmirror-RUN-ROLE``                       31 characters (QEMU)
 bitmap    ``qmpmirror-RUN-MARK``                       1023 characters (qcow2)
 ========  ===========================================  ==================================
 
-FLAGS are letters (`Flag`). SOURCE is the name of the source's image node, then those of the other
-nodes that a pivot makes superfluous, with ``_.`` between; or the path of a file that is being
-created. A character that QEMU does not allow in a job id is written as ``_`` and two hexadecimal
-digits.
+FLAGS are letters (`Flag`). SOURCE is the name of the disk's image node, then those of the other
+nodes that the job makes superfluous, with ``_.`` between, and after ``_-`` the name of the base of
+a commit or pull; or the path of a file that is being created. A character that QEMU does not allow
+in a job id is written as ``_`` and two hexadecimal digits.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ PREFIX = "qmpmirror-"
 RUN_LENGTH = 8
 GROUP_LENGTH = 6
 _SEPARATOR = "_."
+_BASE = "_-"
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _RUN = f"[{_ALPHABET}]{{{RUN_LENGTH}}}"
 _JOB = re.compile(rf"{PREFIX}(?P<verb>[a-z]+)-(?P<run>{_RUN})-(?P<flags>[a-z]*)-(?P<source>.*)")
@@ -52,6 +53,9 @@ class Flag(enum.Enum):
     DRIVE_MIRROR = "d"
     THEN_PIVOT = "p"
     THEN_FINISH = "k"
+    ACTIVE = "a"
+    DELETE_FILES = "r"
+    BITMAPS = "m"
 
 
 class Mark(enum.Enum):
@@ -73,8 +77,9 @@ class JobName:
         flags: what else the name remembers.
         source: name of the node that was the image under the guest device at the start; for
             ``create`` the path of the file.
-        replaced: the other nodes that a pivot makes superfluous, top down: once the first is
+        replaced: the other nodes that the job makes superfluous, top down: once the first is
             deleted, the graph does not tell any more which they are.
+        base: the node that a commit writes to, or a pull stops above.
     """
 
     verb: str
@@ -82,11 +87,25 @@ class JobName:
     flags: frozenset[Flag]
     source: str
     replaced: tuple[str, ...] = ()
+    base: str = ""
 
     def __str__(self) -> str:
         letters = "".join(flag.value for flag in Flag if flag in self.flags)
         nodes = _SEPARATOR.join(map(_encode, (self.source, *self.replaced)))
-        return f"{PREFIX}{self.verb}-{self.run}-{letters}-{nodes}"
+        base = f"{_BASE}{_encode(self.base)}" if self.base else ""
+        return f"{PREFIX}{self.verb}-{self.run}-{letters}-{nodes}{base}"
+
+    @property
+    def has_two_phases(self) -> bool:
+        """Whether the job follows the guest until it is told to end."""
+        return self.verb == "copy" or Flag.ACTIVE in self.flags
+
+    @property
+    def target_node(self) -> str:
+        """The node that the job writes to: that of a copy is named after the run."""
+        if self.verb == "commit":
+            return self.base
+        return self.source if self.verb == "pull" else node_name(self.run, "format")
 
 
 def created_file(run: str, path: str, *, ours: bool) -> JobName:
@@ -142,8 +161,9 @@ def parse_job(job_id: str) -> JobName | None:
         return None
     known = {flag.value: flag for flag in Flag}
     flags = frozenset(known[letter] for letter in match["flags"] if letter in known)
-    source, *replaced = map(_decode, match["source"].split(_SEPARATOR))
-    return JobName(match["verb"], match["run"], flags, source, tuple(replaced))
+    nodes, _, base = match["source"].partition(_BASE)
+    source, *replaced = map(_decode, nodes.split(_SEPARATOR))
+    return JobName(match["verb"], match["run"], flags, source, tuple(replaced), _decode(base))
 
 
 def parse_node(name: str) -> tuple[str, str] | None:

@@ -41,22 +41,24 @@ class Run:
 
     Attributes:
         id: the run's id.
-        copy: the job that copies, if there is one.
+        job: the job that does the work, if there is one: a copy, a commit or a pull.
         file: the job that created the file, until it is dismissed.
         data: the job that created an external data file, until it is dismissed.
         header: the job that writes the image's header, until it is dismissed.
         roles: the roles of its nodes.
-        marks: what its target node's bitmaps say.
+        marks: what the bitmaps on its target node say.
+        marked: that node.
         copied: whether another run copies from its nodes, and puts them away after a pivot.
     """
 
     id: str
-    copy: OurJob | None = None
+    job: OurJob | None = None
     file: OurJob | None = None
     data: OurJob | None = None
     header: OurJob | None = None
     roles: frozenset[str] = frozenset()
     marks: frozenset[Mark] = frozenset()
+    marked: str = ""
     copied: bool = False
 
     @property
@@ -70,6 +72,16 @@ class Run:
         created = (self.file, self.data, self.header)
         return any(job is not None and job.status.status != "concluded" for job in created)
 
+    def is_used(self, picture: Graph) -> bool:
+        """Whether something else than the run uses its nodes: a guest's disk, say."""
+        ours = {names.node_name(self.id, role) for role in self.roles}
+        return any(
+            picture.users.get(name)
+            or any(parent.name not in ours for parent in picture.parents(name))
+            for name in ours
+            if name in picture.nodes and not name.endswith("-probe")
+        )
+
     def is_unfinished(self, picture: Graph) -> bool:
         """Whether the run ended before its copy started, or without putting its nodes away."""
         if self.file or self.data or self.header:
@@ -78,11 +90,7 @@ class Run:
             return False
         ours = {names.node_name(self.id, role) for role in self.roles}
         nodes = [name for name in ours if name in picture.nodes and not name.endswith("-probe")]
-        return bool(nodes) and not any(
-            picture.users.get(name)
-            or any(parent.name not in ours for parent in picture.parents(name))
-            for name in nodes
-        )
+        return bool(nodes) and not self.is_used(picture)
 
     def with_job(self, job: OurJob) -> Run:
         """The same run, with one of its jobs in its place."""
@@ -92,12 +100,12 @@ class Run:
             return attrs.evolve(self, data=job)
         if job.name.verb == "format":
             return attrs.evolve(self, header=job)
-        return attrs.evolve(self, copy=job)
+        return attrs.evolve(self, job=job)
 
     @property
     def target_node(self) -> str:
-        """The node that the copy writes to."""
-        return names.node_name(self.id, "format")
+        """The node that its job writes to, or would have written to."""
+        return self.job.name.target_node if self.job else names.node_name(self.id, "format")
 
 
 async def read(monitor: Monitor) -> tuple[Graph, list[Run]]:
@@ -116,13 +124,16 @@ def parse(picture: Graph, jobs: list[JobStatus]) -> list[Run]:
             found[name.run] = run.with_job(OurJob(status, name))
     for node in picture.nodes.values():
         parsed = names.parse_node(node.name)
-        if parsed is None:
-            continue
-        run = found.get(parsed[0], Run(parsed[0]))
-        bitmaps = [names.parse_bitmap(bitmap.name) for bitmap in node.bitmaps]
-        marks = {bitmap[1] for bitmap in bitmaps if bitmap and bitmap[0] == run.id}
-        found[run.id] = attrs.evolve(run, roles=run.roles | {parsed[1]}, marks=run.marks | marks)
-    copied = {run for job in found.values() if job.copy for run in _copied_by(job.copy)}
+        if parsed is not None:
+            run = found.get(parsed[0], Run(parsed[0]))
+            found[run.id] = attrs.evolve(run, roles=run.roles | {parsed[1]})
+        for bitmap in node.bitmaps:
+            mark = names.parse_bitmap(bitmap.name)
+            owner = found.get(mark[0]) if mark else None
+            if mark and owner and owner.target_node == node.name:
+                marks = owner.marks | {mark[1]}
+                found[owner.id] = attrs.evolve(owner, marks=marks, marked=node.name)
+    copied = {run for each in found.values() if each.job for run in _copied_by(each.job)}
     return [attrs.evolve(run, copied=run.id in copied) for run in found.values()]
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 async def _recover(arguments: argparse.Namespace, output: Output) -> int:
     from qmpmirror.cli.run import open_machine  # noqa: PLC0415 - brings asyncio
-    from qmpmirror.operations.recover import Way  # noqa: PLC0415 - brings qemu.qmp
+    from qmpmirror.operations.findings import Way  # noqa: PLC0415 - brings qemu.qmp
 
     way = Way.FINISH if arguments.finish else Way.UNDO if arguments.undo else Way.LEAVE
     async with await open_machine(arguments) as vm:
@@ -56,7 +56,7 @@ async def _recover(arguments: argparse.Namespace, output: Output) -> int:
     if not findings:
         output.say("Nothing to recover")
     for found in findings:
-        what = f"copy of {found.disk}" if found.disk else "copy"
+        what = f"{found.what} of {found.disk}" if found.disk else found.what
         where = f" to {found.destination}" if found.destination else ""
         output.say(f"{what}{where}, {found.state.value}: {found.action}")
         for left in found.left:
@@ -64,6 +64,7 @@ async def _recover(arguments: argparse.Namespace, output: Output) -> int:
         output.event(
             "finding",
             run=found.run,
+            what=found.what,
             state=found.state.value,
             disk=found.disk,
             destination=found.destination,

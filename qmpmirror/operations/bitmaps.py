@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Dirty bitmaps carried from the source to the copy, just before a pivot.
+"""Dirty bitmaps that go with the data, just before the guest or its chain gets another image.
 
 The target's bitmaps are created while the mirror still writes every change of the guest to both
 images, so that nothing is missed; at worst a little more is marked as dirty than was written.
@@ -32,20 +32,33 @@ async def carry(monitor: Monitor, picture: Graph, name: JobName) -> list[str]:
         What somebody who relies on bitmaps must know.
     """
     source = picture.nodes.get(name.source)
-    target = picture.nodes.get(names.node_name(name.run, "format"))
+    target = picture.nodes.get(name.target_node)
     if source is None or target is None:
         return []
     images = [source] if Flag.SHALLOW in name.flags else picture.chain(source.name)
+    await merge(monitor, target, images)
+    return losses(source, target.driver)
+
+
+async def merge(monitor: Monitor, target: Node, images: Sequence[Node]) -> None:
+    """Give a node the bitmaps of images, in one ``transaction``; it can be repeated.
+
+    Args:
+        monitor: the QEMU.
+        target: the node; it may be the first of the images.
+        images: top down. The top one says which bitmaps there are; the others contribute to each as
+            far down as it goes without a gap.
+    """
     known = {bitmap.name for bitmap in target.bitmaps}
     actions: list[dict[str, Any]] = []
-    notes = losses(source, target.driver)
-    for bitmap in carried(source):
+    for bitmap in carried(images[0]):
+        sources = [layer for layer in _layers(images, bitmap.name) if layer.name != target.name]
         if bitmap.name not in known:
             actions.append(_add(target, bitmap))
-        actions.append(_merge(target, bitmap, _layers(images, bitmap.name)))
+        if sources:
+            actions.append(_merge(target, bitmap, sources))
     if actions:
         await monitor.execute("transaction", {"actions": actions})
-    return notes
 
 
 def carried(source: Node) -> list[Bitmap]:

@@ -12,14 +12,13 @@ from qmpmirror import errors
 from qmpmirror.job import Job
 from qmpmirror.operations.copy import Copy
 from qmpmirror.operations.options import DRIVE_MIRROR
-from qmpmirror.operations.safe_start import vcpus_stopped
-from qmpmirror.steps import cancel_job
-from qmpmirror.undo import Undo
+from qmpmirror.operations.starting import start_job, taken_back_on_error
 
 if TYPE_CHECKING:
     from qmpmirror.monitor import Monitor
     from qmpmirror.operations.plan import Plan
     from qmpmirror.schema import Schema
+    from qmpmirror.undo import Undo
 
 _BUSY: Final = ("Need a root block node", "in use by block job")
 """What QEMU says when somebody else was faster than we."""
@@ -39,19 +38,13 @@ async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
         ConnectionLost: the connection ended; what was done is still there, for `recover`.
     """
     job = Job(monitor, str(plan.job))
-    undo = Undo()
     try:
-        await _carry_out(monitor, job, plan, undo)
-    except BaseException as error:
-        left = () if isinstance(error, errors.ConnectionLost) else await undo.run()
-        job.close()
-        if isinstance(error, errors.CommandFailed):
-            explained = _explained(error, plan)
-            explained.left = left
-            raise explained from error
-        if isinstance(error, errors.Error):
-            error.left = left
-        raise
+        async with taken_back_on_error(job) as undo:
+            await _carry_out(job, plan, undo)
+    except errors.CommandFailed as error:
+        explained = _explained(error, plan)
+        explained.left = error.left
+        raise explained from error
     return Copy(
         monitor=monitor,
         schema=schema,
@@ -64,15 +57,12 @@ async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
     )
 
 
-async def _carry_out(monitor: Monitor, job: Job, plan: Plan, undo: Undo) -> None:
+async def _carry_out(job: Job, plan: Plan, undo: Undo) -> None:
     for step in plan.prepare:
-        await step.run(monitor, undo)
-    job.__enter__()
-    undo.add(f"cancel job {job.id}", cancel_job, monitor, job.id)
-    async with vcpus_stopped(monitor, job, plan.job if plan.stops_vcpus else None):
-        await monitor.execute(plan.mirror.name, plan.mirror.arguments)
+        await step.run(job.monitor, undo)
+    await start_job(job, plan.mirror, undo, stops=plan.job if plan.stops_vcpus else None)
     for step in plan.last:
-        await step.run(monitor, undo)
+        await step.run(job.monitor, undo)
     await job.refresh()
 
 

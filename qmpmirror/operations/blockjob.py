@@ -12,6 +12,8 @@ from qmpmirror import discover, disks, errors, runs
 from qmpmirror.job import Job, JobInfo, block_jobs
 from qmpmirror.life import Life
 from qmpmirror.names import Flag
+from qmpmirror.operations import blockcommit
+from qmpmirror.operations.blockpull import Pull
 from qmpmirror.operations.copy import Copy
 from qmpmirror.operations.handle import BlockJob
 
@@ -21,12 +23,15 @@ if TYPE_CHECKING:
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph
     from qmpmirror.monitor import Monitor
+    from qmpmirror.names import JobName
+    from qmpmirror.operations.onephase import OnePhaseJob
+    from qmpmirror.operations.twophase import TwoPhaseJob
     from qmpmirror.runs import OurJob, Run
     from qmpmirror.schema import Schema
 
 
 async def attach(monitor: Monitor, schema: Schema, disk_name: str) -> BlockJob | None:
-    """The job on a disk: a `Copy` when it is one of ours, another `BlockJob` when it is not.
+    """The job on a disk: a `BlockJob`, and more than that when it is one of ours.
 
     Raises:
         DiskNotFound: and AmbiguousDisk: see `disks.find`.
@@ -35,8 +40,8 @@ async def attach(monitor: Monitor, schema: Schema, disk_name: str) -> BlockJob |
     folder = discover.working_folder(monitor.pid)
     disk = disks.find(await disks.read(monitor, picture, folder), disk_name)
     for run in found:
-        if run.copy is not None and _is_on(run, run.copy, disk):
-            return await attach_copy(monitor, schema, picture, run, disk)
+        if run.job is not None and _is_on(run, run.job, disk):
+            return await attach_ours(monitor, schema, picture, run, disk)
     foreign = _foreign(picture, disk, infos)
     if foreign is None:
         return None
@@ -45,13 +50,13 @@ async def attach(monitor: Monitor, schema: Schema, disk_name: str) -> BlockJob |
     return BlockJob(monitor=monitor, schema=schema, job=job, disk=disk)
 
 
-async def attach_copy(
+async def attach_ours(
     monitor: Monitor, schema: Schema, picture: Graph, run: Run, disk: Disk
-) -> Copy:
-    """Take up a copy of ours that another process has started."""
-    ours = run.copy
+) -> TwoPhaseJob | OnePhaseJob:
+    """Take up a job of ours that another process has started."""
+    ours = run.job
     if ours is None:
-        raise errors.JobNotFound(f"run {run.id} has no copy job", job_id="")
+        raise errors.JobNotFound(f"run {run.id} has no job", job_id="")
     folder = discover.working_folder(monitor.pid)
     source = picture.nodes.get(ours.name.source)
     as_it_was = disk
@@ -62,24 +67,39 @@ async def attach_copy(
     job.__enter__()
     # A look after the subscription: what happened in between is not missed.
     await job.refresh()
-    flags = ours.name.flags
-    shares = Flag.SHALLOW in flags and not flags & {Flag.LATE_CHAIN, Flag.OWN_CHAIN}
-    backing = source.child("backing") if source and shares else ""
-    known = run.target_node in picture.nodes
+    if ours.name.verb == "commit":
+        committed = blockcommit.committed_images(picture, ours.name)
+        return blockcommit.handle(schema, job, ours.name, as_it_was, picture, committed)
+    if ours.name.verb == "pull":
+        return Pull(
+            monitor=monitor,
+            schema=schema,
+            job=job,
+            disk=as_it_was,
+            name=ours.name,
+            destination=as_it_was.path,
+        )
+    return _copy(schema, job, ours.name, as_it_was, picture)
+
+
+def _copy(schema: Schema, job: Job, name: JobName, disk: Disk, picture: Graph) -> Copy:
+    folder = discover.working_folder(job.monitor.pid)
+    source, target = picture.nodes.get(name.source), picture.nodes.get(name.target_node)
+    shares = Flag.SHALLOW in name.flags and not name.flags & {Flag.LATE_CHAIN, Flag.OWN_CHAIN}
     return Copy(
-        monitor=monitor,
+        monitor=job.monitor,
         schema=schema,
         job=job,
-        disk=as_it_was,
-        name=ours.name,
-        destination=disks.path_of(picture, run.target_node, folder) if known else "",
-        format=picture.nodes[run.target_node].driver if known else "",
-        backing=backing,
+        disk=disk,
+        name=name,
+        destination=disks.path_of(picture, target.name, folder) if target else "",
+        format=target.driver if target else "",
+        backing=source.child("backing") if source and shares else "",
     )
 
 
 def disk_of(run: Run, ours: OurJob, candidates: Iterable[Disk]) -> Disk | None:
-    """The disk that a copy of ours belongs to, before or after its end."""
+    """The disk that a job of ours belongs to, before or after its end."""
     return next((disk for disk in candidates if _is_on(run, ours, disk)), None)
 
 

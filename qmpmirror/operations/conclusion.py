@@ -18,12 +18,11 @@ from qmpmirror.names import Flag
 from qmpmirror.steps import Command, attempt, remove_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from qmpmirror.graph import Graph
     from qmpmirror.monitor import Monitor
-    from qmpmirror.names import JobName
-    from qmpmirror.operations.copy import Copy
+    from qmpmirror.operations.twophase import TwoPhaseJob
     from qmpmirror.sizes import ImageSize
 
 
@@ -39,6 +38,7 @@ class Result:
         active: the image that the guest uses now.
         consistent: whether the destination holds a whole copy (after a pivot: is the disk).
         removed: whether the destination's file was removed, because the copy was not whole.
+        deleted: the paths of committed images that were removed, as was asked for.
         left: what could not be cleaned up, one entry each.
         notes: what the user must know, one sentence each.
         source_size: of the images that were copied: the top one if shallow, else with all below it.
@@ -53,6 +53,7 @@ class Result:
     active: str
     consistent: bool
     removed: bool = False
+    deleted: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     source_size: ImageSize | None = None
@@ -60,74 +61,74 @@ class Result:
     launch: tuple[str, ...] = ()
 
 
-async def conclude(copy: Copy) -> Result:
+async def conclude(job: TwoPhaseJob) -> Result:
     """Put an ended job away and say how it has ended.
 
     Raises:
         JobFailed: it failed.
     """
-    monitor, life = copy.monitor, copy.job.life
-    ended = await copy.job.refresh()
-    error = ended.error if ended else copy.job.error
-    copy.job.close()
+    monitor, life = job.monitor, job.job.life
+    ended = await job.job.refresh()
+    error = ended.error if ended else job.job.error
+    job.job.close()
     picture = await graph.read(monitor)
-    active, where = await _authoritative(copy, picture, error)
+    active, where = await _authoritative(job, picture, error)
     outcome = life.conclude(error, active)
     consistent = _is_consistent(life)
     words: tuple[str, ...] = ()
+    deleted: list[str] = []
+    removed = False
     if outcome is Phase.PIVOTED:
-        opened = await launch.read(monitor, picture, copy.name.run)
-        words = tuple(launch.options(copy.disk, where, copy.format, opened))
-        await _remove_marks(copy, picture)
-        left = await _let_go_of_source(copy, picture)
-        removed = False
+        run = job.name.run if Flag.OBJECTS in job.name.flags else ""
+        opened = await launch.read(monitor, picture, job.target_node, run)
+        words = tuple(launch.options(job.disk, where, job.format, opened))
+        await _remove_marks(job, picture)
+        left = await _let_go_of_source(job, picture)
+        deleted = [path for path in job.image_files() if not left and remove_file(path)]
     else:
-        left = await _delete(monitor, picture, _target_nodes(copy))
-        await _delete_objects(monitor, copy.name.run, copy.name.flags)
-        removed = not consistent and not left and _remove_worthless_file(copy, picture, active)
-    await copy.job.dismiss()
+        left = await _let_go_of(monitor, picture, job.own_nodes)
+        if not job.own_nodes:  # else they have gone with the target
+            await _remove_marks(job, picture)
+        await _delete_objects(monitor, job.name.run, job.name.flags)
+        removed = not consistent and not left and _remove_worthless_file(job, picture, active)
+    await job.job.dismiss()
     if outcome is Phase.FAILED:
-        raise _failure(copy, error, active, where, left)
+        raise _failure(job, error, active, where, left)
     return Result(
         outcome=outcome,
-        disk=copy.disk.name,
-        source=copy.disk.path,
-        destination=copy.destination,
+        disk=job.disk.name,
+        source=job.disk.path,
+        destination=job.destination,
         active=where,
         consistent=consistent,
         removed=removed,
+        deleted=tuple(deleted),
         left=tuple(left),
-        notes=tuple(copy.notes),
-        source_size=source_size(picture, copy.name) or copy.source_size,
-        destination_size=None if removed else sizes.of_image(picture, copy.target_node),
+        notes=tuple(job.notes),
+        source_size=job.measure_source(picture) or job.source_size,
+        destination_size=None if removed else sizes.of_image(picture, job.target_node),
         launch=words,
     )
 
 
-def source_size(picture: Graph, name: JobName) -> ImageSize | None:
-    """The size of what a copy copies, as long as its nodes are there."""
-    of = sizes.of_image if Flag.SHALLOW in name.flags else sizes.of_chain
-    return of(picture, name.source)
-
-
-async def _authoritative(copy: Copy, picture: Graph, error: str) -> tuple[Active, str]:
+async def _authoritative(job: TwoPhaseJob, picture: Graph, error: str) -> tuple[Active, str]:
     """The image that the guest uses, whatever was meant."""
-    folder = discover.working_folder(copy.monitor.pid)
-    source, target = copy.name.source, copy.target_node
-    if copy.disk.qom_path:
-        for disk in await disks.read(copy.monitor, picture, folder):
-            if disk.is_under(copy.disk) and disk.image is not None:
+    folder = discover.working_folder(job.monitor.pid)
+    source, target = job.name.source, job.target_node
+    if job.disk.qom_path:
+        for disk in await disks.read(job.monitor, picture, folder):
+            if disk.is_under(job.disk) and disk.image is not None:
                 known = {source: Active.SOURCE, target: Active.TARGET}
                 return known.get(disk.image.name, Active.OTHER), disk.path
         return Active.OTHER, ""
     # A node without a device: what used the source, such as an export, moves with a pivot.
     if any(user.kind == "block-backend" for user in picture.users.get(target, ())):
-        return Active.TARGET, copy.destination
-    life = copy.job.life
+        return Active.TARGET, job.destination
+    life = job.job.life
     unused = not any(user.kind == "block-backend" for user in picture.users.get(source, ()))
     if unused and life.asked is Ending.PIVOT and not error and not life.cancelled:
-        return Active.TARGET, copy.destination
-    return Active.SOURCE, copy.disk.path
+        return Active.TARGET, job.destination
+    return Active.SOURCE, job.disk.path
 
 
 def _is_consistent(life: Life) -> bool:
@@ -136,27 +137,24 @@ def _is_consistent(life: Life) -> bool:
     return life.phase in {Phase.PIVOTED, Phase.FINISHED}
 
 
-async def _remove_marks(copy: Copy, picture: Graph) -> None:
-    for bitmap in picture.nodes[copy.target_node].bitmaps:
+async def _remove_marks(job: TwoPhaseJob, picture: Graph) -> None:
+    target = picture.nodes.get(job.target_node)
+    for bitmap in target.bitmaps if target else ():
         if names.parse_bitmap(bitmap.name) is not None:
-            mark = {"node": copy.target_node, "name": bitmap.name}
-            await attempt(copy.monitor, Command("block-dirty-bitmap-remove", mark))
+            mark = {"node": job.target_node, "name": bitmap.name}
+            await attempt(job.monitor, Command("block-dirty-bitmap-remove", mark))
 
 
-def _target_nodes(copy: Copy) -> list[str]:
-    return [names.node_name(copy.name.run, role) for role in ("format", "base", "data", "storage")]
-
-
-async def _let_go_of_source(copy: Copy, picture: Graph) -> list[str]:
+async def _let_go_of_source(job: TwoPhaseJob, picture: Graph) -> list[str]:
     """Close what the pivot has replaced, and what only that needed."""
-    if Flag.KEEP_SOURCE in copy.name.flags:
+    if Flag.KEEP_SOURCE in job.name.flags:
         return []
-    replaced = (copy.name.source, *copy.name.replaced)
-    left = await _delete(copy.monitor, picture, replaced)
-    earlier = names.parse_node(copy.name.source)
+    replaced = (job.name.source, *job.name.replaced)
+    left = await _let_go_of(job.monitor, picture, replaced)
+    earlier = names.parse_node(job.name.source)
     if earlier is not None:
         # The source was a copy of ours: a secret or credentials of that run may be left.
-        await _delete_objects(copy.monitor, earlier[0], frozenset({Flag.OBJECTS}))
+        await _delete_objects(job.monitor, earlier[0], frozenset({Flag.OBJECTS}))
     return left
 
 
@@ -167,46 +165,56 @@ async def _delete_objects(monitor: Monitor, run: str, flags: frozenset[Flag]) ->
             await attempt(monitor, Command("object-del", {"id": name}))
 
 
-async def _delete(monitor: Monitor, picture: Graph, nodes: Sequence[str]) -> list[str]:
-    """Delete nodes; describe those that should be gone and are not."""
-    failed = {}
+async def delete_nodes(monitor: Monitor, nodes: Iterable[str]) -> dict[str, str]:
+    """Delete nodes (``blockdev-del``); return what QEMU said where it refused.
+
+    Nodes that QEMU has named itself go with the node above them.
+    """
+    refused = {}
     for name in nodes:
-        # Nodes that QEMU has named itself go with the node above them.
-        if name in picture.nodes and picture.nodes[name].named_by_user:
+        if not name.startswith("#"):
             reason = await attempt(monitor, Command("blockdev-del", {"node-name": name}))
             if reason:
-                failed[name] = reason
-    if not failed:
-        return []
-    now = await graph.read(monitor)
+                refused[name] = reason
+    return refused
+
+
+def left_of(picture: Graph, refused: Mapping[str, str]) -> list[str]:
+    """Describe the nodes that should be gone and are not."""
     return [
         f"node {name}: {reason}"
-        for name, reason in failed.items()
-        if name in now.nodes and not now.users.get(name) and not now.parents(name)
+        for name, reason in refused.items()
+        if name in picture.nodes and not picture.users.get(name) and not picture.parents(name)
     ]
 
 
-def _remove_worthless_file(copy: Copy, before: Graph, active: Active) -> bool:
+async def _let_go_of(monitor: Monitor, picture: Graph, nodes: Sequence[str]) -> list[str]:
+    """Delete those of the nodes that are there; describe those that should be gone and are not."""
+    refused = await delete_nodes(monitor, [name for name in nodes if name in picture.nodes])
+    return left_of(await graph.read(monitor), refused) if refused else []
+
+
+def _remove_worthless_file(job: TwoPhaseJob, before: Graph, active: Active) -> bool:
     """Remove a half-written copy that this run created: it looks like a good one."""
-    ours = Flag.CREATED in copy.name.flags and discover.sees_our_files(copy.monitor.pid)
+    ours = Flag.CREATED in job.name.flags and discover.sees_our_files(job.monitor.pid)
     if not ours or active is not Active.SOURCE:
         return False
-    data = names.node_name(copy.name.run, "data")
-    if Flag.DATA_FILE in copy.name.flags and data in before.nodes:
+    data = names.node_name(job.name.run, "data")
+    if Flag.DATA_FILE in job.name.flags and data in before.nodes:
         remove_file(before.path(data))
-    return remove_file(copy.destination)
+    return remove_file(job.destination)
 
 
 def _failure(
-    copy: Copy, error: str, active: Active, where: str, left: Sequence[str]
+    job: TwoPhaseJob, error: str, active: Active, where: str, left: Sequence[str]
 ) -> errors.JobFailed:
     reason = error
     if not reason and active is Active.SOURCE:
         reason = "somebody dismissed its job before the error could be read"
     reason = reason or "the disk has another image now, or is gone"
-    description = f"the copy of {copy.disk.name} failed: {reason}"
+    description = f"the {job.what} of {job.disk.name} failed: {reason}"
     if active is Active.SOURCE:
         description += f"; the guest runs on {where}, which is complete"
-    failure = errors.JobFailed(description, job_id=copy.id, reason=reason, authoritative=where)
+    failure = errors.JobFailed(description, job_id=job.id, reason=reason, authoritative=where)
     failure.left = tuple(left)
     return failure

@@ -17,6 +17,7 @@ from qmpmirror.life import Ending
 from qmpmirror.names import Flag, JobName, Mark
 from qmpmirror.operations import cautions, drive_mirror, notes
 from qmpmirror.operations.check_base import CheckBase
+from qmpmirror.operations.layers import active_image
 from qmpmirror.operations.options import DRIVE_MIRROR, Options
 from qmpmirror.operations.safe_start import misses_writes_at_start, stop_marks
 from qmpmirror.steps import Command, Execute, Step
@@ -136,7 +137,7 @@ async def plan(
         given=commandline.given(monitor.pid, disk.path),
         options=options,
         disk=disk,
-        source=_source(picture, disk, disk_name),
+        source=active_image(picture, disk, disk_name),
         run=member or names.new_run(),
         grouped=bool(member),
     )
@@ -146,22 +147,6 @@ async def plan(
     for command in [*made.commands(), *foreseen]:
         schema.check(command.name, command.arguments)
     return made
-
-
-def _source(picture: Graph, disk: Disk, disk_name: str) -> Node:
-    if disk.image is None:
-        raise errors.EmptyDrive(
-            f"disk {disk_name!r} has no medium: nothing to copy", disk=disk_name
-        )
-    jobs = picture.jobs_on(picture.stack(disk.node))
-    if jobs:
-        raise errors.DiskBusy(
-            f"disk {disk_name!r} already has a block job: {jobs[0]}",
-            disk=disk_name,
-            job_id=jobs[0],
-            hint="end that one first",
-        )
-    return disk.image
 
 
 @attrs.frozen(kw_only=True)

@@ -7,68 +7,40 @@ without our names is touched, except the nodes that a pivot has replaced.
 
 from __future__ import annotations
 
-import enum
 from typing import TYPE_CHECKING
 
 import attrs
 
 from qmpmirror import discover, disks, errors, names, runs
-from qmpmirror.life import Ending, Phase
-from qmpmirror.names import Flag, Mark
-from qmpmirror.operations.blockjob import attach_copy, disk_of
+from qmpmirror.job import JobStatus
+from qmpmirror.life import Ending
+from qmpmirror.names import Flag
+from qmpmirror.operations.blockjob import attach_ours, disk_of
+from qmpmirror.operations.conclusion import delete_nodes
+from qmpmirror.operations.copy import Copy
+from qmpmirror.operations.findings import (
+    Finding,
+    State,
+    Way,
+    done,
+    ending_of,
+    intention,
+    state_of,
+)
 from qmpmirror.operations.group import CopyGroup
+from qmpmirror.operations.leftovers import tidy, undo_creation
 from qmpmirror.operations.release import release_all
-from qmpmirror.steps import Command, attempt, cancel_job, remove_file
+from qmpmirror.operations.twophase import TwoPhaseJob
+from qmpmirror.steps import Command, attempt
 
 if TYPE_CHECKING:
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph
     from qmpmirror.monitor import Monitor
     from qmpmirror.operations.conclusion import Result
-    from qmpmirror.operations.copy import Copy
-    from qmpmirror.runs import OurJob, Run
+    from qmpmirror.operations.onephase import OnePhaseJob
+    from qmpmirror.runs import Run
     from qmpmirror.schema import Schema
-
-
-class Way(enum.Enum):
-    """What to do with a copy whose ending nobody has asked for yet."""
-
-    LEAVE = "leave"
-    FINISH = "finish"
-    UNDO = "undo"
-
-
-class State(enum.Enum):
-    """How far an interrupted run had come."""
-
-    CREATING = "creating the image"
-    COPYING = "copying"
-    MIRRORING = "mirroring"
-    ENDING = "ending"
-    ENDED = "ended"
-
-
-@attrs.frozen
-class Finding:
-    """One interrupted run.
-
-    Attributes:
-        run: its id.
-        state: how far it had come.
-        disk: the disk's name; empty when the run had not come so far.
-        destination: where its copy is.
-        active: the image that the guest uses; empty when no disk is known.
-        action: what was done, or is going to be done.
-        left: what could not be cleaned up, one entry each.
-    """
-
-    run: str
-    state: State
-    disk: str
-    destination: str
-    active: str
-    action: str
-    left: tuple[str, ...] = ()
 
 
 async def recover(
@@ -83,18 +55,20 @@ async def recover(
     Args:
         monitor: the QEMU.
         schema: what it can do.
-        way: what to do with a copy that runs and that nobody has asked to end. `Way.FINISH` waits
+        way: what to do with a job that runs and that nobody has asked to end. `Way.FINISH` waits
             for the mirroring phase, then does what the run was started for: a pivot if it said so,
-            else a finish.
+            else a finish; a job of one phase is waited for.
         dry_run: change nothing, only tell.
 
     Raises:
         ConnectionLost: the connection ended.
     """
+    findings = await _put_away_pulls(monitor, dry_run=dry_run)
+    if findings and dry_run:
+        return findings  # some QEMUs crash when more is asked now
     picture, found = await runs.read(monitor)
     if not dry_run and await release_all(monitor, found):
         picture, found = await runs.read(monitor)
-    findings: list[Finding] = []
     if way is Way.FINISH and not dry_run:
         findings += await _finish_groups(monitor, schema, picture, found)
         picture, found = await runs.read(monitor)
@@ -102,16 +76,34 @@ async def recover(
     known = await disks.read(monitor, picture, folder)
     for run in found:
         if not dry_run:
-            await _tidy(monitor, run)
-        if run.copy is None and not run.is_unfinished(picture):
+            await tidy(monitor, run)
+        if run.job is None and not run.is_unfinished(picture):
             continue
-        if run.copy is None:
-            findings.append(await _undo_creation(monitor, picture, run, way, dry_run=dry_run))
+        if run.job is None:
+            findings.append(await undo_creation(monitor, picture, run, way, dry_run=dry_run))
             continue
-        disk = disk_of(run, run.copy, known)
+        disk = disk_of(run, run.job, known)
         if disk is None:
             disk = _without_disk(run, picture)
-        findings.append(await _recover_copy(monitor, schema, picture, run, disk, way, dry_run))
+        findings.append(await _recover_job(monitor, schema, picture, run, disk, way, dry_run))
+    return findings
+
+
+async def _put_away_pulls(monitor: Monitor, *, dry_run: bool) -> list[Finding]:
+    """Pulls that have ended come first, without a look at the graph: 7.2 crashes in it."""
+    findings = []
+    for status in map(JobStatus.parse, await monitor.execute("query-jobs")):
+        name = names.parse_job(status.id)
+        if name is None or name.verb != "pull" or status.status != "concluded":
+            continue
+        finding = Finding(name.run, "pull", State.ENDED, "", "", "", "would be put away")
+        if not dry_run:
+            gone = () if status.error else name.replaced
+            await delete_nodes(monitor, gone)
+            await attempt(monitor, Command("job-dismiss", {"id": status.id}))
+            why = f": it had failed: {status.error}" if status.error else ""
+            finding = attrs.evolve(finding, action=f"put away{why}")
+        findings.append(finding)
     return findings
 
 
@@ -124,17 +116,18 @@ async def _finish_groups(
     groups: dict[str, dict[str, Copy]] = {}
     broken: set[str] = set()
     for run in found:
-        if run.copy is None or Flag.GROUP not in run.copy.name.flags:
+        if run.job is None or Flag.GROUP not in run.job.name.flags:
             continue
         group = names.group_of(run.id)
-        disk = disk_of(run, run.copy, known)
-        if disk is None or run.copy.status.status == "concluded":
+        disk = disk_of(run, run.job, known)
+        if disk is None or run.job.status.status == "concluded":
             broken.add(group)
             continue
         for created in (run.data, run.file):
             if created is not None:
                 await attempt(monitor, Command("job-dismiss", {"id": created.status.id}))
-        copy = await attach_copy(monitor, schema, picture, run, disk)
+        copy = await attach_ours(monitor, schema, picture, run, disk)
+        assert isinstance(copy, Copy)  # noqa: S101 - nothing else has the flag
         groups.setdefault(group, {})[run.id] = copy
     findings = []
     for group, copies in groups.items():
@@ -145,13 +138,13 @@ async def _finish_groups(
 
 
 async def _finish_group(together: CopyGroup, *, whole: bool) -> list[Finding]:
-    states = [_state(copy) for copy in together.copies]
+    states = [state_of(copy.job.life) for copy in together.copies]
     try:
         if not whole:
             await together.roll_back()
         else:
             await together.ready()
-            pivots = Flag.THEN_PIVOT in together.copies[0].name.flags
+            pivots = ending_of(together.copies[0].name) is Ending.PIVOT
             await (together.pivot() if pivots else together.finish())
     except (errors.JobError, errors.DeadlineExceeded):
         pass  # all were rolled back
@@ -160,11 +153,12 @@ async def _finish_group(together: CopyGroup, *, whole: bool) -> list[Finding]:
     return [
         Finding(
             run=copy.name.run,
+            what=copy.what,
             state=state,
             disk=result.disk,
             destination=result.destination,
             active=result.active,
-            action=_done(result),
+            action=done(copy.name, result),
             left=result.left,
         )
         for copy, state, result in zip(
@@ -173,7 +167,7 @@ async def _finish_group(together: CopyGroup, *, whole: bool) -> list[Finding]:
     ]
 
 
-async def _recover_copy(  # noqa: PLR0917 - the run and all that is needed to act on it
+async def _recover_job(  # noqa: PLR0917 - the run and all that is needed to act on it
     monitor: Monitor,
     schema: Schema,
     picture: Graph,
@@ -182,19 +176,21 @@ async def _recover_copy(  # noqa: PLR0917 - the run and all that is needed to ac
     way: Way,
     dry_run: bool,
 ) -> Finding:
-    copy = await attach_copy(monitor, schema, picture, run, disk)
+    job = await attach_ours(monitor, schema, picture, run, disk)
     try:
-        state = _state(copy)
-        finding = Finding(run.id, state, disk.name, copy.destination, disk.path, "")
+        life = job.job.life
+        state = state_of(life)
+        finding = Finding(run.id, job.what, state, disk.name, job.destination, disk.path, "")
         if dry_run:
-            return attrs.evolve(finding, action=_intention(copy, state, way))
+            return attrs.evolve(finding, action=intention(job.name, life.asked, state, way))
         for created in (run.data, run.file):
             if created is not None:
                 await attempt(monitor, Command("job-dismiss", {"id": created.status.id}))
         if state in {State.COPYING, State.MIRRORING} and way is Way.LEAVE:
             return attrs.evolve(finding, action="left running")
         try:
-            result = await _end(copy, state, way)
+            ending = _end(job, state, way) if isinstance(job, TwoPhaseJob) else _let_end(job, way)
+            result = await ending
         except errors.JobFailed as failure:
             return attrs.evolve(
                 finding,
@@ -202,114 +198,32 @@ async def _recover_copy(  # noqa: PLR0917 - the run and all that is needed to ac
                 action=f"put away: it had failed: {failure.reason}",
                 left=failure.left,
             )
-        return attrs.evolve(finding, active=result.active, action=_done(result), left=result.left)
+        return attrs.evolve(
+            finding, active=result.active, action=done(job.name, result), left=result.left
+        )
     finally:
-        copy.job.close()
+        job.job.close()
 
 
-def _state(copy: Copy) -> State:
-    life = copy.job.life
-    if life.concluded:
-        return State.ENDED
-    if life.asked is not None:
-        return State.ENDING
-    return State.MIRRORING if life.mirrored else State.COPYING
-
-
-async def _end(copy: Copy, state: State, way: Way) -> Result:
+async def _end(job: TwoPhaseJob, state: State, way: Way) -> Result:
     if way is Way.UNDO and state is not State.ENDED:
-        return await copy.abort(force=True)
+        return await job.abort(force=True)
     if state in {State.ENDED, State.ENDING}:
-        return await copy.resume_ending()
-    await copy.ready()
-    return await (copy.pivot() if Flag.THEN_PIVOT in copy.name.flags else copy.finish())
+        return await job.resume_ending()
+    await job.ready()
+    return await (job.pivot() if ending_of(job.name) is Ending.PIVOT else job.finish())
 
 
-def _intention(copy: Copy, state: State, way: Way) -> str:
-    if state is State.ENDED:
-        return "would be put away"
+async def _let_end(job: OnePhaseJob, way: Way) -> Result:
     if way is Way.UNDO:
-        return "would be aborted"
-    if state is State.ENDING and Flag.GROUP in copy.name.flags:
-        return "would be rolled back with its group, or finalized if that was cut"
-    if state is State.ENDING:
-        asked = copy.job.life.asked
-        return f"would be seen through: {asked.value if asked else ''}"
-    if way is Way.LEAVE:
-        return "would be left running"
-    ending = Ending.PIVOT if Flag.THEN_PIVOT in copy.name.flags else Ending.FINISH
-    return f"would {ending.value} in the mirroring phase"
-
-
-def _done(result: Result) -> str:
-    if result.outcome is Phase.FAILED:
-        return f"put away: it had failed: {'; '.join(result.notes)}"
-    if result.outcome is Phase.PIVOTED:
-        return "pivoted"
-    if result.outcome is Phase.FINISHED:
-        return "finished: the copy is consistent"
-    if result.removed:
-        return "aborted: the incomplete copy was removed"
-    return f"aborted: the copy is {'consistent' if result.consistent else 'not usable'}"
+        return await job.abort()
+    result = await job.end()
+    return result or await job.conclude()
 
 
 def _without_disk(run: Run, picture: Graph) -> Disk:
-    """A stand-in for a disk that is gone: it was unplugged while its copy ran."""
-    source = run.copy.name.source if run.copy else ""
+    """A stand-in for a disk that is gone: it was unplugged while its job ran."""
+    source = run.job.name.source if run.job else ""
     image = picture.nodes.get(source)
     path = picture.location(source) if image else ""
     return disks.Disk(source, "", "", "(gone)", "", image, path)
-
-
-async def _undo_creation(
-    monitor: Monitor, picture: Graph, run: Run, way: Way, *, dry_run: bool
-) -> Finding:
-    """Take back what was prepared for a copy that never started."""
-    path = run.file.name.source if run.file else ""
-    finding = Finding(run.id, State.CREATING, "", path, "", "would be undone")
-    if way is Way.LEAVE and run.is_creating:
-        # A large image takes its time, and whoever creates it may well be alive.
-        return attrs.evolve(finding, action="left running")
-    if dry_run:
-        return finding
-    if run.header is not None:
-        await cancel_job(monitor, run.header.status.id)
-    left = []
-    for role in ("format", "base", "data", "storage"):
-        name = names.node_name(run.id, role)
-        if name in picture.nodes:
-            reason = await attempt(monitor, Command("blockdev-del", {"node-name": name}))
-            left += [f"node {name}: {reason}"] if reason else []
-    for role in ("secret", "tls"):
-        await attempt(monitor, Command("object-del", {"id": names.node_name(run.id, role)}))
-    removed = False
-    for job in (run.data, run.file):
-        if job is not None:
-            removed |= await _undo_file(monitor, job, keep=bool(left))
-    action = "undone, and the file was removed" if removed else "undone"
-    return attrs.evolve(finding, action=action, left=tuple(left))
-
-
-async def _undo_file(monitor: Monitor, job: OurJob, *, keep: bool) -> bool:
-    """Remove the file that a job created, unless it was there before; then the job."""
-    await attempt(monitor, Command("job-cancel", {"id": job.status.id}))
-    ours = Flag.CREATED in job.name.flags and discover.sees_our_files(monitor.pid)
-    removed = ours and not keep and remove_file(job.name.source)
-    # Last: until then it is QEMU's record of the file.
-    await cancel_job(monitor, job.status.id)
-    return removed
-
-
-async def _tidy(monitor: Monitor, run: Run) -> None:
-    """Put away what is small and wanted by nobody, whatever becomes of the run."""
-    if Mark.STOPPED in run.marks:
-        # It stopped the vCPUs for an instant and died in it.
-        await attempt(monitor, Command("cont"))
-    stale = run.marks if run.copy is None else run.marks & {Mark.STOPPED}
-    for mark in stale:
-        bitmap = {"node": run.target_node, "name": names.bitmap_name(run.id, mark)}
-        await attempt(monitor, Command("block-dirty-bitmap-remove", bitmap))
-    if "probe" in run.roles:
-        # It only looked whether a file is there.
-        probe = {"node-name": names.node_name(run.id, "probe")}
-        await attempt(monitor, Command("blockdev-del", probe))

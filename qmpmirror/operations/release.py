@@ -59,4 +59,4 @@ async def release_all(monitor: Monitor, found: list[Run]) -> bool:
 
 def _job(run: Run) -> OurJob | None:
     """The job of a run that is a member of a group."""
-    return run.copy if run.copy is not None and Flag.GROUP in run.copy.name.flags else None
+    return run.job if run.job is not None and Flag.GROUP in run.job.name.flags else None

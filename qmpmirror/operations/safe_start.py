@@ -40,7 +40,7 @@ def stop_marks(name: JobName) -> list[Execute]:
     if Flag.DRIVE_MIRROR in name.flags:
         return []  # its target node is not there yet
     mark = {
-        "node": names.node_name(name.run, "format"),
+        "node": name.target_node,
         "name": names.bitmap_name(name.run, Mark.STOPPED),
     }
     add, remove = "block-dirty-bitmap-add", "block-dirty-bitmap-remove"

@@ -43,10 +43,11 @@ async def execute_or_not(
     os.write(record, f"{command}\n".encode())
     if mine == int(number) and moment == "before":
         interrupt(self)
-    reply = await execute(self, command, arguments, seconds=seconds)
-    if mine == int(number) and moment == "after":
-        interrupt(self)
-    return reply
+    try:
+        return await execute(self, command, arguments, seconds=seconds)
+    finally:  # a refusal is a reply too
+        if mine == int(number) and moment == "after":
+            interrupt(self)
 
 
 Monitor.execute = execute_or_not  # type: ignore[method-assign]
