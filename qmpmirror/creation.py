@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from qmpmirror.schema import Schema
 
-_OURS: Final = frozenset({"driver", "file", "size", "backing-file", "backing-fmt", "encrypt"})
+_OURS: Final = frozenset({"driver", "file", "size", "backing-file", "backing-fmt", "encrypt", "key-secret"})
 _VERSIONS: Final[Mapping[str, str]] = {"0.10": "v2", "1.1": "v3"}
 _SWITCHES: Final[Mapping[str, bool]] = {"on": True, "yes": True, "off": False, "no": False}
 _SIZE: Final = re.compile(r"(\d+)([kmgt]?)(?:i?b)?", re.IGNORECASE)

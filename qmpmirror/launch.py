@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from qmpmirror import destination as places
 from qmpmirror import errors, names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph, Node
@@ -31,6 +30,16 @@ _NAMED_BY_QEMU: Final = re.compile(
 )
 """What QEMU calls a ``-drive`` without an id: it says where the drive is connected."""
 
+_NBD: Final = re.compile(
+    r"nbd\+unix://(?:/(?P<unix>.*?))?\?socket=(?P<path>.*)"
+    r"|nbd://(?P<host>[^/]*):(?P<port>\d+)(?:/(?P<inet>.*))?",
+    re.DOTALL,
+)
+"""How QEMU names an NBD export: nothing is escaped, so that ``-drive`` may not take it again."""
+
+_SWITCH: Final = {True: "on", False: "off"}
+_PLAIN_NBD: Final = re.compile(r"[\w.~/?=+-]+(:\d+)?[\w.~/?=+-]*")
+
 
 @attrs.frozen
 class Opened:
@@ -40,6 +49,7 @@ class Opened:
         storage: the driver of its protocol node.
         filename: where it is, as QEMU names it: a path, a URL or ``json:{...}``.
         size: of a window that is smaller than its storage, in bytes; 0 for the whole of it.
+        tls: the id of its TLS credentials; empty without TLS.
         secret: the id of its passphrase; empty when it is not encrypted.
         objects: the words that make the objects which it needs.
     """
@@ -47,29 +57,32 @@ class Opened:
     storage: str
     filename: str
     size: int = 0
+    tls: str = ""
     secret: str = ""
     objects: tuple[str, ...] = ()
 
 
-async def read(monitor: Monitor, picture: Graph, run: str) -> Opened:
-    """How the copy of a run is open; its objects are looked up by ``qom-get``."""
-    target = picture.nodes[names.node_name(run, "format")]
+async def read(monitor: Monitor, picture: Graph, node: str, run: str) -> Opened:
+    """How an image is open; the objects of its run, if any, are looked up by ``qom-get``."""
+    target = picture.nodes[node]
     storage = picture.storage(target.name)
     windowed = target.driver == "raw" and target.virtual_size < storage.virtual_size
     found = {}
-    for role, (what, where) in _OBJECTS.items():
-        arguments = {"path": f"/objects/{names.node_name(run, role)}", "property": where}
+    for role, (what, where) in _OBJECTS.items() if run else ():
+        name = names.node_name(run, role)
+        arguments = {"path": f"/objects/{name}", "property": where}
         try:
             value = str(await monitor.execute("qom-get", arguments))
         except errors.CommandFailed:
             continue
-        found[role] = f"{what},id={names.node_name(run, role)},{where}={_escaped(value)}"
+        found[role] = name, f"{what},id={name},{where}={_escaped(value)}"
     return Opened(
         storage.driver,
         picture.path(target.name) or storage.filename,
-        target.virtual_size if windowed else 0,
-        names.node_name(run, "secret") if "secret" in found else "",
-        tuple(word for text in found.values() for word in ("-object", text)),
+        size=target.virtual_size if windowed else 0,
+        tls=found["tls"][0] if "tls" in found else "",
+        secret=found["secret"][0] if "secret" in found else "",
+        objects=tuple(word for _, text in found.values() for word in ("-object", text)),
     )
 
 
@@ -92,7 +105,7 @@ def options(
     """
     opened = opened or Opened("file", destination)
     if disk.drive:
-        words = [f"file={_escaped(opened.filename)}", f"format={new_format}"]
+        words = [*_file(opened), f"format={new_format}"]
         words += _place(disk)
         given = _special(opened, new_format)
         if disk.image is not None:
@@ -126,8 +139,40 @@ def _protocol(opened: Opened) -> dict[str, Any]:
     if opened.filename.startswith("json:"):
         return _nested(json.loads(opened.filename.removeprefix("json:")))
     if opened.storage == "nbd":
-        return dict(places.parse(opened.filename).options)
+        return _nbd(opened)
     return {"driver": opened.storage, "filename": opened.filename}
+
+
+def _file(opened: Opened) -> list[str]:
+    """What a ``-drive`` says of the protocol node: a short name when one will do."""
+    plain = _PLAIN_NBD.fullmatch(opened.filename.partition("://")[2])
+    unclear = opened.storage == "nbd" and (opened.tls or not plain)
+    if not unclear and not opened.filename.startswith("json:"):
+        return [f"file={_escaped(opened.filename)}"]
+    return [f"file.{key}={_escaped(value)}" for key, value in _flat(_protocol(opened))]
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Options as ``-drive`` takes them: with dotted keys."""
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, _SWITCH[value] if isinstance(value, bool) else str(value)
+
+
+def _nbd(opened: Opened) -> dict[str, Any]:
+    """The options of an NBD export, from what QEMU calls it."""
+    found = _NBD.fullmatch(opened.filename)
+    if found is None:
+        return {"driver": "nbd", "filename": opened.filename}
+    server = {"type": "unix", "path": found["path"]}
+    if found["host"]:
+        server = {"type": "inet", "host": found["host"], "port": found["port"]}
+    options: dict[str, Any] = {"driver": "nbd", "server": server}
+    if export := found["unix"] or found["inet"]:
+        options["export"] = export
+    return options | ({"tls-creds": opened.tls} if opened.tls else {})
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qmpmirror.undo import Undo
 
 _RETRY_SECONDS: Final = 0.5
+_NOT_WRITABLE: Final = "Could not open image: Permission denied"
+"""All that QEMU 10.2 and newer say of an NBD export that is read-only."""
 
 
 @attrs.frozen
@@ -72,6 +74,8 @@ class OpenImage:
             try:
                 await monitor.execute("blockdev-add", options)
             except errors.CommandFailed as error:
+                if options["driver"] == "nbd" and error.reason == _NOT_WRITABLE:
+                    raise self._refused(f"is read-only, it seems: {error.reason}") from error
                 absent = "Connection refused" in error.reason or "No such file" in error.reason
                 if not absent or time.monotonic() + _RETRY_SECONDS > end:
                     raise

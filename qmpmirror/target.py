@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qmpmirror.schema import Schema
 
 _HEADERLESS: Final = frozenset({"raw"})
+_ENCRYPT: Final = "encrypt."
 _BACKABLE: Final = frozenset({"qcow", "qcow2", "qed", "vmdk"})
 _NOT_FORMATS: Final = frozenset({"file", "gluster", "nfs", "rbd", "sheepdog", "ssh", "vhdx"})
 """What ``blockdev-create`` offers and is not an image format that a guest could run on."""
@@ -96,7 +97,7 @@ class Layout:
         return attrs.evolve(
             self,
             backing_node=backing,
-            backing_file=_backing_string(graph, image, folder),
+            backing_file=backing_string(graph, image, folder),
             backing_format=image.driver,
             backing_size=image.virtual_size,
         )
@@ -253,13 +254,13 @@ class Planner:
             options["backing-file"] = layout.backing_file
             if self.schema.has_creation_option(driver, "backing-fmt"):
                 options["backing-fmt"] = layout.backing_format
-        return options | self._extra_options() | self._encryption()
+        return options | self._extra_options() | self._new_encryption()
 
     def _extra_options(self) -> dict[str, Any]:
         given = {
             name: value
             for name, value in self.wish.options.items()
-            if name not in {"data_file", "data-file"}
+            if name not in {"data_file", "data-file"} and not name.startswith(_ENCRYPT)
         }
         driver = "file" if self.wish.format in _HEADERLESS else self.wish.format
         extra = creation.typed(self.schema, driver, given)
@@ -290,12 +291,31 @@ class Planner:
         key = {"key-secret": names.node_name(self.run, "secret")}
         return key if self.wish.format == "luks" else {"encrypt": {"format": "luks", **key}}
 
+    def _new_encryption(self) -> dict[str, Any]:
+        """The same for a new image, with the options of LUKS that qemu-img calls ``encrypt.*``."""
+        given = {
+            name.removeprefix(_ENCRYPT): value
+            for name, value in self.wish.options.items()
+            if name.startswith(_ENCRYPT)
+        }
+        if not given:
+            return self._encryption()
+        if self.wish.format == "luks" or not self.wish.secret:
+            raise errors.Refused(
+                f"options {_ENCRYPT}* are for an encrypted qcow2 image",
+                hint="give --secret FILE; with --format luks they have no such prefix",
+            )
+        luks = creation.typed(self.schema, "luks", given)
+        return {"encrypt": {**self._encryption()["encrypt"], **luks}}
+
     def _open_storage(self) -> Step:
         options = dict(self.destination.options) | {"node-name": self.storage, "read-only": False}
         options |= self._carried_over() | self._aio()
         if self.wish.tls_creds:
             options["tls-creds"] = names.node_name(self.run, "tls")
-        return OpenImage(options, seconds=self.wish.server_seconds)
+        return OpenImage(
+            options, destination=self.destination.text, seconds=self.wish.server_seconds
+        )
 
     def _open_format(self, *, new: bool) -> Step:
         target = names.node_name(self.run, "format")
@@ -344,6 +364,8 @@ class Planner:
 
     def _carried_over(self) -> dict[str, Any]:
         cache = {"direct": self.source.cache_direct, "no-flush": self.source.cache_no_flush}
+        if self.wish.options.get("preallocation", "off") != "off":
+            return {"cache": cache}  # the mirror would give back what was asked to be there
         # Without discard, zeroes are written out in full by QEMU 10.0 and older.
         return {"discard": "unmap", "cache": cache}
 
@@ -369,7 +391,7 @@ class Planner:
         return self.wish.is_zero or fresh
 
 
-def _backing_string(graph: Graph, image: Node, folder: str | None) -> str:
+def backing_string(graph: Graph, image: Node, folder: str | None) -> str:
     """What a header must say to find an image again; paths are absolute, as libvirt's are."""
     path = graph.path(image.name)
     sliced = image.driver == "raw" and image.filename.startswith("json:")
