@@ -192,7 +192,9 @@ class Machine:
             self.monitor, await self.schema(), disk, CommitOptions(**options)
         )
 
-    async def blockpull(self, disk: str, *, base: str = "", bandwidth: int = 0) -> Pull:
+    async def blockpull(
+        self, disk: str, *, base: str = "", bandwidth: int = 0, keep_relative: bool = False
+    ) -> Pull:
         """Start to read into a disk's active image what lies below it; return once the job runs.
 
         Cancelling this, or any error, takes it back; what was read by then stays.
@@ -201,11 +203,18 @@ class Machine:
             disk: as for `disk`.
             base: node name or path of the image that stays below; empty to need none any more.
             bandwidth: limit in bytes/s, 0 for none.
+            keep_relative: the active image names its new backing file relative to itself.
 
         Raises: as `blockcopy`.
         """
-        schema = await self.schema()
-        return await blockpull.start(self.monitor, schema, disk, base=base, bandwidth=bandwidth)
+        return await blockpull.start(
+            self.monitor,
+            await self.schema(),
+            disk,
+            base=base,
+            bandwidth=bandwidth,
+            keep_relative=keep_relative,
+        )
 
     async def plan_blockcopy(
         self, disk: str, destination: str | os.PathLike[str], options: Options

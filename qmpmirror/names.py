@@ -59,12 +59,16 @@ class Flag(enum.Enum):
 
 
 class Mark(enum.Enum):
-    """Bitmaps on our own target node that tell a later process what was under way."""
+    """Bitmaps on the target node that tell a later process what was under way.
+
+    ``REPLACED`` is on a node that is not in a chain any more and is about to be closed.
+    """
 
     PIVOT = "pivot"
     FINISH = "finish"
     ABORT = "abort"
     STOPPED = "stopped"
+    REPLACED = "replaced"
 
 
 @attrs.frozen

@@ -48,6 +48,7 @@ class Run:
         roles: the roles of its nodes.
         marks: what the bitmaps on its target node say.
         marked: that node.
+        replaced: nodes that are out of their chain and about to be closed.
         copied: whether another run copies from its nodes, and puts them away after a pivot.
     """
 
@@ -59,6 +60,7 @@ class Run:
     roles: frozenset[str] = frozenset()
     marks: frozenset[Mark] = frozenset()
     marked: str = ""
+    replaced: tuple[str, ...] = ()
     copied: bool = False
 
     @property
@@ -127,14 +129,19 @@ def parse(picture: Graph, jobs: list[JobStatus]) -> list[Run]:
         if parsed is not None:
             run = found.get(parsed[0], Run(parsed[0]))
             found[run.id] = attrs.evolve(run, roles=run.roles | {parsed[1]})
-        for bitmap in node.bitmaps:
-            mark = names.parse_bitmap(bitmap.name)
-            owner = found.get(mark[0]) if mark else None
-            if mark and owner and owner.target_node == node.name:
-                marks = owner.marks | {mark[1]}
-                found[owner.id] = attrs.evolve(owner, marks=marks, marked=node.name)
+        for mark in filter(None, (names.parse_bitmap(bitmap.name) for bitmap in node.bitmaps)):
+            _note_mark(found, node.name, *mark)
     copied = {run for each in found.values() if each.job for run in _copied_by(each.job)}
     return [attrs.evolve(run, copied=run.id in copied) for run in found.values()]
+
+
+def _note_mark(found: dict[str, Run], node: str, run_id: str, mark: Mark) -> None:
+    if mark is Mark.REPLACED:
+        run = found.get(run_id, Run(run_id))
+        found[run_id] = attrs.evolve(run, replaced=(*run.replaced, node))
+    elif run_id in found and found[run_id].target_node == node:
+        run = found[run_id]
+        found[run_id] = attrs.evolve(run, marks=run.marks | {mark}, marked=node)
 
 
 def _copied_by(ours: OurJob) -> Iterator[str]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "blockcopy": ("blockcopy", "copy a disk under the live guest; pivot to the copy or keep it"),
     "blockjob": ("blockjob", "see, steer and end the block job of a disk"),
+    "blockcommit": ("blockcommit", "write images of a chain into one below them"),
+    "blockpull": ("blockpull", "read what lies below the active image into it"),
     "recover": ("recover", "finish or undo what an interrupted run has left"),
     "list": ("list", "list the running QEMUs that have a QMP socket"),
     "domblklist": ("domblklist", "list the disks of a running QEMU"),

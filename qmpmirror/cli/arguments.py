@@ -55,13 +55,22 @@ class Parser(argparse.ArgumentParser):
             help="how long to wait for the monitor's greeting (default: 10)",
         )
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse a command's words; exits with code 2 when they make no sense."""
+    def add_named_options(self) -> list[tuple[str, bool]]:
+        """Make options of the named positionals, once all else is there; their names, in order.
+
+        Returns:
+            For each its name, and whether it is required.
+        """
         for name, text, _ in self._named:
             self.add_argument(f"--{name}", metavar=name.upper(), help=text)
         if self._named:
             names = " ".join(name if needed else f"[{name}]" for name, _, needed in self._named)
             self.add_argument("words", nargs="*", metavar=names, help="the same, in this order")
+        return [(name, needed) for name, _, needed in self._named]
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse a command's words; exits with code 2 when they make no sense."""
+        self.add_named_options()
         parsed = self.parse_intermixed_args(list(argv))
         words = list(vars(parsed).pop("words", ()))
         for name, _, _ in self._named:
@@ -78,6 +87,31 @@ class Parser(argparse.ArgumentParser):
         """End with one line and where to find more."""
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(Exit.USAGE)
+
+
+def add_waiting(parser: Parser, what: str) -> None:
+    """Add virsh's flags about waiting."""
+    parser.add_argument("--bytes", action="store_true", help="a bare --bandwidth is in bytes/s")
+    parser.add_argument("--wait", action="store_true", help=f"wait for {what} to end")
+    parser.add_argument("--verbose", action="store_true", help="show progress while waiting")
+    parser.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS", help="wait, and abort when it takes longer"
+    )
+    parser.add_argument(
+        "--async", dest="async_", action="store_true", help="do not wait for an abort itself"
+    )
+
+
+def check_waiting(parser: Parser, parsed: argparse.Namespace) -> None:
+    """Make sense of them, and of the bandwidth."""
+    parsed.wait |= parsed.timeout is not None
+    for given, flag in ((parsed.verbose, "--verbose"), (parsed.async_, "--async")):
+        if given and not parsed.wait:
+            parser.error(f"{flag} needs --wait")
+    try:
+        parsed.bandwidth = bandwidth(parsed.bandwidth or "0", in_bytes=parsed.bytes)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def bandwidth(text: str, *, in_bytes: bool) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.run import Interrupted, open_machine
-from qmpmirror.cli.session import CopySession
+from qmpmirror.cli.session import JobSession
 from qmpmirror.life import Ending
 
 if TYPE_CHECKING:
@@ -38,10 +38,15 @@ async def copy_disk(
             output.event("result", outcome="aborted", exit=int(Exit.FAILED))
             return Exit.FAILED
         output.event("started", **_start_fields(plan))
-        async with CopySession(
+        async with JobSession(
             copy, output, interrupts, wanted=ending, verbose=arguments.verbose
         ) as session:
-            await _follow(session, arguments, ending)
+            await session.follow(
+                ending,
+                wait=arguments.wait,
+                seconds=arguments.timeout,
+                see_end_through=not arguments.async_,
+            )
         return session.code
 
 
@@ -52,22 +57,6 @@ def _print(plan: Plan, ending: Ending | None, output: Output) -> int:
         output.event("command", **command.as_qmp())
     output.event("result", outcome="planned", exit=int(Exit.DONE), job=str(plan.job))
     return Exit.DONE
-
-
-async def _follow(
-    session: CopySession, arguments: argparse.Namespace, ending: Ending | None
-) -> None:
-    """See the copy through, as far as was asked."""
-    if not arguments.wait:
-        return await session.leave_running("Block Copy started")
-    in_time = await session.watch(seconds=arguments.timeout)
-    if in_time is not True:
-        # Ctrl-C, or the timeout: as with virsh, both abort the copy.
-        code = Exit.FAILED if in_time is None else Exit.DEADLINE
-        return await session.end(Ending.ABORT, code=code, wait=not arguments.async_)
-    if ending is None:
-        return await session.leave_running("Now in mirroring phase")
-    return await session.end(ending, wait=not arguments.async_)
 
 
 def _ending(arguments: argparse.Namespace) -> Ending | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One copy and the person who watches it: what they see, and the exit code."""
+"""One job and the person who watches it: what they see, and the exit code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qmpmirror import discover, errors
 from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.render import human_size
 from qmpmirror.cli.run import Interrupted
+from qmpmirror.cli.wording import COPY, Words
 from qmpmirror.life import Ending, Phase
 
 if TYPE_CHECKING:
@@ -23,31 +24,32 @@ if TYPE_CHECKING:
     from qmpmirror.cli.render import Output
     from qmpmirror.cli.run import Interrupts
     from qmpmirror.operations.conclusion import Result
-    from qmpmirror.operations.copy import Copy
+    from qmpmirror.operations.twophase import TwoPhaseJob
     from qmpmirror.sizes import ImageSize
 
 _ENDING_CHECKS: Final = 40
 _ENDING_PAUSE: Final = 0.05
-_SUCCESS = {Phase.PIVOTED: "Successfully pivoted", Phase.FINISHED: "Successfully copied"}
 
 
 @attrs.define
-class CopySession:
-    """Follows a copy for a person; a context manager that explains failures of the copy.
+class JobSession:
+    """Follows a job of two phases for a person; a context manager that explains its failures.
 
     Attributes:
-        copy: the copy.
+        handle: the job.
         output: where to tell of it.
         interrupts: Ctrl-C.
         wanted: the ending that is going to be asked for, if any.
+        words: what is said of it.
         verbose: whether to show the progress, and the sizes in the end.
         code: the exit code, in the end.
     """
 
-    copy: Copy
+    handle: TwoPhaseJob
     output: Output
     interrupts: Interrupts
     wanted: Ending | None = None
+    words: Words = COPY
     verbose: bool = False
     code: Exit = Exit.DONE
 
@@ -61,15 +63,15 @@ class CopySession:
         traceback: TracebackType | None,
     ) -> bool:
         if isinstance(exc, errors.JobFailed):
-            if self.copy.result is None:
+            if self.handle.result is None:
                 self._failed(exc)
             else:  # somebody else has ended it, perhaps just as was wanted here
-                self._ended(self.copy.result, self.wanted, Exit.DONE)
+                self._ended(self.handle.result, self.wanted, Exit.DONE)
             return True
         if isinstance(exc, errors.ConnectionLost):
             raise await self._explained(exc) from exc
         if isinstance(exc, errors.CommandFailed):
-            self.output.note(f"job {self.copy.id} goes on in QEMU; qmpmirror blockjob shows it")
+            self.output.note(f"job {self.handle.id} goes on in QEMU; qmpmirror blockjob shows it")
         return False
 
     async def watch(self, *, seconds: float | None = None) -> bool | None:
@@ -83,7 +85,7 @@ class CopySession:
         except Interrupted:
             return None
         if reached:
-            self.output.event("mirroring", job=self.copy.id)
+            self.output.event("mirroring", job=self.handle.id)
         return reached
 
     async def end(
@@ -103,7 +105,7 @@ class CopySession:
             wait: whether to see it through.
         """
         if not wait:
-            await self.copy.request(ending, force=force)
+            await self.handle.request(ending, force=force)
             return self._goes_on(f"{ending.value} asked for", Exit.DONE)
         try:
             result = await self.interrupts.guard(self._end(ending, force=force))
@@ -111,27 +113,49 @@ class CopySession:
             return self._goes_on("interrupted", Exit.FAILED)
         return self._ended(result, ending, code)
 
+    async def follow(
+        self, ending: Ending | None, *, wait: bool, seconds: float | None, see_end_through: bool
+    ) -> None:
+        """See the job through, as far as was asked.
+
+        Args:
+            ending: how it is to end; None to leave it in the mirroring phase.
+            wait: whether to wait for that phase.
+            seconds: abort it when that phase is not reached in this time.
+            see_end_through: whether to wait for the ending itself.
+        """
+        if not wait:
+            return await self.leave_running(self.words.started)
+        in_time = await self.watch(seconds=seconds)
+        if in_time is not True:
+            # Ctrl-C, or the timeout: as with virsh, both abort the job.
+            code = Exit.FAILED if in_time is None else Exit.DEADLINE
+            return await self.end(Ending.ABORT, code=code, wait=see_end_through)
+        if ending is None:
+            return await self.leave_running(self.words.mirroring)
+        return await self.end(ending, wait=see_end_through)
+
     async def leave_running(self, message: str) -> None:
-        """Say something and leave the copy to QEMU, unless it has failed at once."""
+        """Say something and leave the job to QEMU, unless it has failed at once."""
         # With virsh a job that fails at once looks like a success.
-        await self.copy.job.refresh()
-        if self.copy.job.life.concluded:
-            await self.copy.ready()
+        await self.handle.job.refresh()
+        if self.handle.job.life.concluded:
+            await self.handle.ready()
         self.output.say(message)
         self.output.event(
-            "result", outcome=self.copy.phase.value, exit=int(Exit.DONE), job=self.copy.id
+            "result", outcome=self.handle.phase.value, exit=int(Exit.DONE), job=self.handle.id
         )
 
     async def _watch(self, *, seconds: float | None) -> bool:
         async def tell() -> None:
-            async for progress in self.copy.progress():
+            async for progress in self.handle.progress():
                 if self.verbose:
                     self.output.progress(progress)
                 self.output.event("progress", **progress.fields())
 
         telling = asyncio.create_task(tell()) if self.verbose or self.output.as_json else None
         try:
-            in_time = await self.copy.ready(seconds=seconds)
+            in_time = await self.handle.ready(seconds=seconds)
             if telling is not None and in_time:
                 await telling
         finally:
@@ -143,23 +167,25 @@ class CopySession:
 
     async def _end(self, ending: Ending, *, force: bool) -> Result:
         if ending is Ending.PIVOT:
-            return await self.copy.pivot()
+            return await self.handle.pivot()
         if ending is Ending.FINISH:
-            return await self.copy.finish()
-        return await self.copy.abort(force=force)
+            return await self.handle.finish()
+        return await self.handle.abort(force=force)
 
     def _ended(self, result: Result, asked: Ending | None, code: Exit) -> None:
         if result.outcome is Phase.ABORTED:
-            self.output.say("Copy aborted")
+            self.output.say(f"{self.words.noun} aborted")
             self.code = code
             if asked is not Ending.ABORT:
                 self.output.note("somebody else has cancelled it")
                 self.code = Exit.FAILED
         elif asked is not None and (result.outcome is Phase.PIVOTED) is (asked is Ending.PIVOT):
-            self.output.say(_SUCCESS[result.outcome])
+            self.output.say(self.words.success(result.outcome))
             self.code = code
         else:
-            self.output.say(f"Copy failed: somebody else ended it: {result.outcome.value}")
+            self.output.say(
+                f"{self.words.noun} failed: somebody else ended it: {result.outcome.value}"
+            )
             self.code = Exit.FAILED
         self._tell_images(result)
         self._tell_left(result.left)
@@ -168,7 +194,7 @@ class CopySession:
     def _failed(self, error: errors.JobFailed) -> None:
         """Say that the copy failed, and why: virsh drops the reason."""
         self.code = Exit.FAILED
-        self.output.say(f"Copy failed: {error.reason}")
+        self.output.say(f"{self.words.noun} failed: {error.reason}")
         if error.authoritative:
             self.output.note(f"the guest runs on {error.authoritative}")
         self._tell_left(error.left)
@@ -179,22 +205,24 @@ class CopySession:
             reason=error.reason,
             active=error.authoritative,
             left=list(error.left),
-            job=self.copy.id,
+            job=self.handle.id,
         )
 
     def _goes_on(self, why: str, code: Exit) -> None:
         self.code = code
         self.output.note(
-            f"{why}: job {self.copy.id} goes on in QEMU; qmpmirror blockjob shows it, qmpmirror"
+            f"{why}: job {self.handle.id} goes on in QEMU; qmpmirror blockjob shows it, qmpmirror"
             " recover puts it away when it has ended"
         )
-        self.output.event("result", outcome=self.copy.phase.value, exit=int(code), job=self.copy.id)
+        self.output.event(
+            "result", outcome=self.handle.phase.value, exit=int(code), job=self.handle.id
+        )
 
     async def _explained(self, error: errors.ConnectionLost) -> errors.ConnectionLost:
         """What the loss of the connection means for the two images."""
-        source, destination = self.copy.disk.path, self.copy.destination
-        pivoting = self.copy.job.life.asked is Ending.PIVOT
-        pid = self.copy.monitor.pid
+        source, destination = self.handle.disk.path, self.handle.destination
+        pivoting = self.handle.job.life.asked is Ending.PIVOT
+        pid = self.handle.monitor.pid
         if pid is not None and await _has_ended(pid):
             what = f"QEMU (pid {pid}) has ended"
             advice = f"{source} holds all that the guest wrote; {destination} is not complete"
@@ -207,25 +235,24 @@ class CopySession:
             what = error.description
             now = "one of both images" if pivoting else source
             advice = (
-                f"job {self.copy.id} may go on in QEMU; the guest runs on {now}, as qmpmirror"
-                " domblklist shows; qmpmirror recover picks the copy up"
+                f"job {self.handle.id} may go on in QEMU; the guest runs on {now}, as qmpmirror"
+                f" domblklist shows; qmpmirror recover picks the {self.handle.what} up"
             )
-        return errors.ConnectionLost(what, job_id=self.copy.id, hint=advice)
+        return errors.ConnectionLost(what, job_id=self.handle.id, hint=advice)
 
     def _tell_images(self, result: Result) -> None:
         if result.outcome is Phase.PIVOTED:
-            words = shlex.join(result.launch)
-            self.output.note(f"the guest runs on {result.active}; open it next time with: {words}")
-        elif result.removed:
-            self.output.note(f"{result.destination} was incomplete and has been removed")
-        elif not result.consistent:
-            self.output.note(f"{result.destination} is incomplete: do not use it")
-        elif result.outcome is Phase.ABORTED:
-            self.output.note(f"{result.destination} is a consistent copy")
+            again = shlex.join(result.launch)
+            self.output.note(f"the guest runs on {result.active}; open it next time with: {again}")
+            for path in result.deleted:
+                self.output.note(f"{path} has been removed")
+        else:
+            for sentence in self.words.images(result):
+                self.output.note(sentence)
         if self.verbose and result.source_size and result.destination_size:
             self.output.note(
-                f"the source is {_words(result.source_size)}; the copy"
-                f" {_words(result.destination_size)}"
+                f"the source is {_size(result.source_size)}; the copy"
+                f" {_size(result.destination_size)}"
             )
 
     def _tell_left(self, left: tuple[str, ...]) -> None:
@@ -235,13 +262,13 @@ class CopySession:
             self.code = Exit.NOT_CLEAN
 
     def _result_fields(self, result: Result) -> dict[str, Any]:
-        fields = attrs.asdict(result) | {"outcome": result.outcome.value, "job": self.copy.id}
+        fields = attrs.asdict(result) | {"outcome": result.outcome.value, "job": self.handle.id}
         fields["left"], fields["notes"] = list(result.left), list(result.notes)
         fields["launch"] = list(result.launch)
         return fields
 
 
-def _words(size: ImageSize) -> str:
+def _size(size: ImageSize) -> str:
     if size.allocated is None:
         return human_size(size.virtual)
     return f"{human_size(size.virtual)}, {human_size(size.allocated)} of it allocated"

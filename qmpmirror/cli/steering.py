@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from qmpmirror import errors
+from qmpmirror import errors, names
 from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.render import human_size
 from qmpmirror.cli.run import open_machine
-from qmpmirror.cli.session import CopySession
+from qmpmirror.cli.session import JobSession
+from qmpmirror.cli.wording import ACTIVE_COMMIT, COPY
 from qmpmirror.life import Ending
 from qmpmirror.operations.copy import Copy
+from qmpmirror.operations.onephase import OnePhaseJob
+from qmpmirror.operations.twophase import TwoPhaseJob
 
 if TYPE_CHECKING:
     import argparse
@@ -50,7 +53,7 @@ async def steer(arguments: argparse.Namespace, output: Output, interrupts: Inter
         elif arguments.resume:
             await handle.resume()
         elif arguments.synchronous_writes:
-            await _ours(handle).make_synchronous()
+            await _copy(handle).make_synchronous()
         elif arguments.bandwidth is not None:
             await handle.set_bandwidth(arguments.bandwidth)
         else:
@@ -81,9 +84,8 @@ def _no_job(arguments: argparse.Namespace, output: Output) -> int:
 async def _end(
     handle: BlockJob, arguments: argparse.Namespace, output: Output, interrupts: Interrupts
 ) -> int:
-    if not isinstance(handle, Copy) and arguments.abort:
-        work = handle.cancel(force=arguments.force, wait=not arguments.async_)
-        await interrupts.guard(work)
+    if not isinstance(handle, TwoPhaseJob) and arguments.abort:
+        await interrupts.guard(_cancel(handle, arguments))
         if arguments.async_:
             output.note(f"abort asked for: job {handle.id} ends by itself")
         else:
@@ -92,9 +94,21 @@ async def _end(
         output.event("result", outcome=outcome, exit=int(Exit.DONE), job=handle.id)
         return Exit.DONE
     ending = Ending.PIVOT if arguments.pivot else Ending.ABORT
-    async with CopySession(_ours(handle), output, interrupts) as session:
+    ours = _with_two_phases(handle)
+    words = COPY if isinstance(ours, Copy) else ACTIVE_COMMIT
+    async with JobSession(ours, output, interrupts, words=words) as session:
         await session.end(ending, force=arguments.force, wait=not arguments.async_)
     return session.code
+
+
+async def _cancel(handle: BlockJob, arguments: argparse.Namespace) -> None:
+    """End a job of one phase, or somebody else's."""
+    if not isinstance(handle, OnePhaseJob):
+        await handle.cancel(force=arguments.force, wait=not arguments.async_)
+    elif arguments.async_:
+        await handle.request_abort()
+    else:
+        await handle.abort()
 
 
 async def _watch(vm: Machine, handle: BlockJob, output: Output, interrupts: Interrupts) -> int:
@@ -113,13 +127,17 @@ def _explaining(
     handle: BlockJob, output: Output, interrupts: Interrupts
 ) -> AbstractAsyncContextManager[object]:
     """A context that tells what the loss of the connection means, where that can be told."""
-    if isinstance(handle, Copy):
-        return CopySession(handle, output, interrupts)
+    if isinstance(handle, TwoPhaseJob):
+        return JobSession(handle, output, interrupts)
     return nullcontext()
 
 
-def _ours(handle: BlockJob) -> Copy:
-    if not isinstance(handle, Copy):
+def _with_two_phases(handle: BlockJob) -> TwoPhaseJob:
+    if isinstance(handle, OnePhaseJob):
+        raise errors.Refused(
+            f"job {handle.id} is a {handle.what} of one phase: it ends by itself, nothing pivots"
+        )
+    if not isinstance(handle, TwoPhaseJob):
         raise errors.Refused(
             f"job {handle.id} was not started by qmpmirror: it can be shown, limited, paused and"
             " aborted, but only its owner knows how to end it"
@@ -127,8 +145,18 @@ def _ours(handle: BlockJob) -> Copy:
     return handle
 
 
+def _copy(handle: BlockJob) -> Copy:
+    handle = _with_two_phases(handle)
+    if not isinstance(handle, Copy):
+        raise errors.Refused(f"job {handle.id} is no copy: only a copy can be made synchronous")
+    return handle
+
+
 def _show(info: JobInfo, arguments: argparse.Namespace, output: Output) -> None:
     label = _LABELS.get(info.type, "Unknown job")
+    parsed = names.parse_job(info.id)
+    if info.type == "commit" and (info.ready or (parsed and parsed.has_two_phases)):
+        label = f"Active {label}"
     speed = info.speed if arguments.bytes else -(-info.speed // _MIB)
     if arguments.raw:
         cur, end = _as_virsh(info)

@@ -19,11 +19,11 @@ from qmpmirror.job import Job
 from qmpmirror.names import Flag, JobName
 from qmpmirror.operations import bitmaps, cautions, layers
 from qmpmirror.operations.onephase import OnePhaseJob
+from qmpmirror.operations.options import valid_bandwidth
 from qmpmirror.operations.safe_start import misses_writes_at_start
 from qmpmirror.operations.starting import start_job, taken_back_on_error
 from qmpmirror.operations.twophase import TwoPhaseJob
 from qmpmirror.steps import Command
-from qmpmirror.target import backing_string
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +44,7 @@ class CommitKeywords(TypedDict, total=False):
     shallow: bool
     active: bool
     delete: bool
+    keep_relative: bool
     bandwidth: int
     then: str
     safe_start: bool
@@ -59,6 +60,7 @@ class CommitOptions:
         shallow: the base is the image right below the top.
         active: the top may be the active image.
         delete: remove the files of the committed images when all is done.
+        keep_relative: the image above names its new backing file relative to itself.
         bandwidth: limit in bytes/s, 0 for none.
         then: how an active commit is going to be ended: ``pivot``, ``finish`` or empty, for
             `recover`, should this process die.
@@ -70,7 +72,8 @@ class CommitOptions:
     shallow: bool = False
     active: bool = False
     delete: bool = False
-    bandwidth: int = 0
+    keep_relative: bool = False
+    bandwidth: int = attrs.field(default=0, validator=valid_bandwidth)
     then: str = ""
     safe_start: bool = True
 
@@ -121,6 +124,7 @@ async def start(
     layers.active_image(picture, disk, disk_name)
     chain = picture.chain(disk.node)
     top, base = _span(picture, chain, disk, options, folder)
+    layers.check_not_shared(picture, chain, top, base)
     name = _name(picture, chain, top, base, options)
     arguments: dict[str, Any] = {
         "job-id": str(name),
@@ -131,7 +135,9 @@ async def start(
         "auto-dismiss": False,
     }
     if top:
-        arguments["backing-file"] = backing_string(picture, chain[base], folder)
+        arguments["backing-file"] = layers.header_name(
+            picture, chain[base], chain[top - 1], folder, relative=options.keep_relative
+        )
     if options.bandwidth:
         arguments["speed"] = options.bandwidth
     schema.check("block-commit", arguments)

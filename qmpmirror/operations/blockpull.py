@@ -17,9 +17,9 @@ from qmpmirror.job import Job
 from qmpmirror.names import Flag, JobName
 from qmpmirror.operations import bitmaps, layers
 from qmpmirror.operations.onephase import OnePhaseJob
+from qmpmirror.operations.options import valid_bandwidth
 from qmpmirror.operations.starting import start_job, taken_back_on_error
 from qmpmirror.steps import Command
-from qmpmirror.target import backing_string
 
 if TYPE_CHECKING:
     from qmpmirror.graph import Graph, Node
@@ -41,9 +41,16 @@ class Pull(OnePhaseJob):
 
 
 async def start(
-    monitor: Monitor, schema: Schema, disk_name: str, *, base: str = "", bandwidth: int = 0
+    monitor: Monitor,
+    schema: Schema,
+    disk_name: str,
+    *,
+    base: str = "",
+    bandwidth: int = 0,
+    keep_relative: bool = False,
 ) -> Pull:
     """Check everything, then start the job; see `Machine.blockpull`."""
+    valid_bandwidth(None, None, bandwidth)
     folder = discover.working_folder(monitor.pid)
     picture = await graph.read(monitor)
     disk = disks.find(await disks.read(monitor, picture, folder), disk_name)
@@ -66,7 +73,9 @@ async def start(
     if base:
         arguments |= {
             "base-node": stays,
-            "backing-file": backing_string(picture, chain[place], folder),
+            "backing-file": layers.header_name(
+                picture, chain[place], active, folder, relative=keep_relative
+            ),
         }
     if bandwidth:
         arguments["speed"] = bandwidth

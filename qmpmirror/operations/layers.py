@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from qmpmirror import discover, disks, errors
+from qmpmirror.target import backing_string
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,6 +53,44 @@ def find(picture: Graph, chain: Sequence[Node], text: str, disk: Disk, folder: s
     raise errors.Refused(
         f"could not find image {text!r} in chain for {disk.name!r}: there is {images}"
     )
+
+
+def check_not_shared(picture: Graph, chain: Sequence[Node], top: int, base: int) -> None:
+    """Refuse a commit that would change what others see: QEMU itself lets it happen.
+
+    Raises:
+        Refused: something below the top is the backing file of a node outside of the chain too.
+    """
+    known = {chain[0].name}
+    for image in chain:
+        below = image.child("backing")
+        while below and below not in known:
+            known.add(below)
+            below = picture.below(below) if picture.nodes[below].is_filter else ""
+    for image in chain[top + 1 : base + 1]:
+        others = [node.name for node in picture.parents(image.name) if node.name not in known]
+        if others:
+            raise errors.Refused(
+                f"image {picture.location(image.name)} is below node {others[0]} too: a commit"
+                " would change what that shows"
+            )
+
+
+def header_name(
+    picture: Graph, base: Node, above: Node, folder: str | None, *, relative: bool
+) -> str:
+    """What the header of the image above is going to say of its new backing file.
+
+    Raises:
+        Refused: it cannot be relative.
+    """
+    name = backing_string(picture, base, folder)
+    if not relative:
+        return name
+    upper = backing_string(picture, above, folder)
+    if not (os.path.isabs(name) and os.path.isabs(upper)):
+        raise errors.Refused(f"can't keep relative backing relationship: {name} is no file")
+    return os.path.relpath(name, os.path.dirname(upper))
 
 
 def nodes_of(picture: Graph, images: Iterable[Node]) -> list[str]:

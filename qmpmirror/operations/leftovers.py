@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from qmpmirror import discover, names
+from qmpmirror import discover, graph, names
 from qmpmirror.names import Flag, Mark
+from qmpmirror.operations.conclusion import delete_nodes, left_of
 from qmpmirror.operations.findings import Finding, State, Way
 from qmpmirror.steps import Command, attempt, cancel_job, remove_file
 
@@ -47,6 +48,20 @@ async def undo_creation(
             removed |= await _undo_file(monitor, job, keep=bool(left))
     action = "undone, and the file was removed" if removed else "undone"
     return attrs.evolve(finding, action=action, left=tuple(left))
+
+
+async def close_replaced(monitor: Monitor, run: Run, *, dry_run: bool) -> Finding:
+    """Close the images that a commit or pull has taken out of their chain."""
+    finding = Finding(run.id, "chain", State.ENDED, "", "", "", "would be put away")
+    if dry_run:
+        return finding
+    refused = await delete_nodes(monitor, run.replaced)
+    left = left_of(await graph.read(monitor), refused) if refused else []
+    for node in run.replaced:
+        if node in refused:  # it is in use again
+            bitmap = {"node": node, "name": names.bitmap_name(run.id, Mark.REPLACED)}
+            await attempt(monitor, Command("block-dirty-bitmap-remove", bitmap))
+    return attrs.evolve(finding, action="put away", left=tuple(left))
 
 
 async def _dismiss_all(monitor: Monitor, run: Run, finding: Finding, *, dry_run: bool) -> Finding:

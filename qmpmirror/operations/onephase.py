@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from qmpmirror import discover, disks, errors, graph, sizes
+from qmpmirror import discover, disks, errors, graph, names, sizes
 from qmpmirror.job import STALL_SECONDS
 from qmpmirror.life import CANCELLED, Phase
-from qmpmirror.names import Flag
+from qmpmirror.names import Flag, Mark
 from qmpmirror.operations import bitmaps
 from qmpmirror.operations.conclusion import Result, delete_nodes, left_of
 from qmpmirror.operations.handle import BlockJob
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from qmpmirror.graph import Graph, Node
     from qmpmirror.life import Life
+    from qmpmirror.monitor import Monitor
     from qmpmirror.names import JobName
 
 
@@ -115,8 +116,7 @@ class OnePhaseJob(BlockJob):
         aborted = self.job.life.cancelled or error == CANCELLED
         failed = bool(error) and not aborted
         done = not (aborted or failed)
-        refused = await delete_nodes(self.monitor, self.name.replaced) if done else {}
-        # Some QEMUs crash when the graph is read before: graph.read knows which.
+        refused = await put_away(self.monitor, self.name) if done else {}
         await self.job.dismiss()
         picture = await graph.read(self.monitor)
         left = left_of(picture, refused)
@@ -150,6 +150,22 @@ class OnePhaseJob(BlockJob):
             if disk.is_under(self.disk):
                 return disk.path
         return self.disk.path
+
+
+async def put_away(monitor: Monitor, name: JobName) -> dict[str, str]:
+    """Dismiss a job that has done its work, and close what it has taken out of the chain.
+
+    Until it is dismissed it holds these nodes, and some QEMUs crash when the graph is read. When it
+    is, nothing else knows them, so they are marked before.
+
+    Returns:
+        What QEMU said of nodes that it did not close.
+    """
+    for node in name.replaced:
+        mark = {"node": node, "name": names.bitmap_name(name.run, Mark.REPLACED)}
+        await attempt(monitor, Command("block-dirty-bitmap-add", mark))
+    await attempt(monitor, Command("job-dismiss", {"id": str(name)}))
+    return await delete_nodes(monitor, name.replaced)
 
 
 def _is_pending(life: Life) -> bool:

@@ -20,7 +20,8 @@ _MAX_INT64: Final = 2**63 - 1
 _GRANULARITY: Final = range(512, 64 * 1024 * 1024 + 1)
 
 
-def _valid_bandwidth(_: object, __: object, value: int) -> None:
+def valid_bandwidth(_: object, __: object, value: int) -> None:
+    """Refuse what no QEMU could take; an attrs validator."""
     if not 0 <= value <= _MAX_INT64:
         raise errors.UsageError(
             f"bandwidth {value} bytes/s is out of range: give 0 (no limit) to {_MAX_INT64}"
@@ -111,7 +112,7 @@ class Options:
 
     shallow: bool = False
     format: str = ""
-    bandwidth: int = attrs.field(default=0, validator=_valid_bandwidth)
+    bandwidth: int = attrs.field(default=0, validator=valid_bandwidth)
     granularity: int = attrs.field(default=0, validator=_valid_granularity)
     buf_size: int = attrs.field(default=0, validator=_valid_buf_size)
     synchronous_writes: bool = False

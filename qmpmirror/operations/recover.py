@@ -16,7 +16,6 @@ from qmpmirror.job import JobStatus
 from qmpmirror.life import Ending
 from qmpmirror.names import Flag
 from qmpmirror.operations.blockjob import attach_ours, disk_of
-from qmpmirror.operations.conclusion import delete_nodes
 from qmpmirror.operations.copy import Copy
 from qmpmirror.operations.findings import (
     Finding,
@@ -28,7 +27,8 @@ from qmpmirror.operations.findings import (
     state_of,
 )
 from qmpmirror.operations.group import CopyGroup
-from qmpmirror.operations.leftovers import tidy, undo_creation
+from qmpmirror.operations.leftovers import close_replaced, tidy, undo_creation
+from qmpmirror.operations.onephase import put_away
 from qmpmirror.operations.release import release_all
 from qmpmirror.operations.twophase import TwoPhaseJob
 from qmpmirror.steps import Command, attempt
@@ -77,15 +77,15 @@ async def recover(
     for run in found:
         if not dry_run:
             await tidy(monitor, run)
-        if run.job is None and not run.is_unfinished(picture):
+        if run.replaced and run.job is None:
+            findings.append(await close_replaced(monitor, run, dry_run=dry_run))
+        elif run.job is None and not run.is_unfinished(picture):
             continue
-        if run.job is None:
+        elif run.job is None:
             findings.append(await undo_creation(monitor, picture, run, way, dry_run=dry_run))
-            continue
-        disk = disk_of(run, run.job, known)
-        if disk is None:
-            disk = _without_disk(run, picture)
-        findings.append(await _recover_job(monitor, schema, picture, run, disk, way, dry_run))
+        else:
+            disk = disk_of(run, run.job, known) or _without_disk(run, picture)
+            findings.append(await _recover_job(monitor, schema, picture, run, disk, way, dry_run))
     return findings
 
 
@@ -98,8 +98,8 @@ async def _put_away_pulls(monitor: Monitor, *, dry_run: bool) -> list[Finding]:
             continue
         finding = Finding(name.run, "pull", State.ENDED, "", "", "", "would be put away")
         if not dry_run:
-            gone = () if status.error else name.replaced
-            await delete_nodes(monitor, gone)
+            if not status.error:
+                await put_away(monitor, name)
             await attempt(monitor, Command("job-dismiss", {"id": status.id}))
             why = f": it had failed: {status.error}" if status.error else ""
             finding = attrs.evolve(finding, action=f"put away{why}")

@@ -209,6 +209,10 @@ class ImageTools:
             chain.append(path)
         return chain
 
+    def add_bitmap(self, path: str | Path, name: str) -> None:
+        """Add a persistent dirty bitmap to an image that no QEMU has open."""
+        self._run("qemu-img", "bitmap", "--add", str(path), name)
+
     def info(self, path: str | Path, fmt: str | None = None) -> dict[str, Any]:
         """What ``qemu-img info`` says, also of an image that is in use."""
         found: dict[str, Any] = self._json("info", path, fmt)
