@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from qmpmirror.operations.handle import BlockJob, Progress
     from qmpmirror.operations.options import Options
     from qmpmirror.operations.plan import Plan
+    from qmpmirror.operations.snapshot import Snapshot, SnapshotResult
 
 __version__ = "0.1.0.dev0"
 
@@ -82,6 +83,8 @@ _HOMES = {
     "Progress": "operations.handle",
     "Pull": "operations.blockpull",
     "Result": "operations.conclusion",
+    "Snapshot": "operations.snapshot",
+    "SnapshotResult": "operations.snapshot",
     "Way": "operations.findings",
     "connect": "machine",
 }
@@ -133,6 +136,8 @@ __all__ = [
     "Pull",
     "Refused",
     "Result",
+    "Snapshot",
+    "SnapshotResult",
     "Stalled",
     "Unsupported",
     "UsageError",

@@ -3,15 +3,25 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from qmpmirror import address, discover, disks, graph, schema, stats
+from qmpmirror.agent import frozen
 from qmpmirror.connection import CONNECT_SECONDS, open_monitor
 from qmpmirror.job import JobInfo, block_jobs
 from qmpmirror.monitor import Monitor, Transcript
-from qmpmirror.operations import blockcommit, blockcopy, blockjob, blockpull, group, recover
+from qmpmirror.operations import (
+    blockcommit,
+    blockcopy,
+    blockjob,
+    blockpull,
+    group,
+    recover,
+    snapshot,
+)
 from qmpmirror.operations import plan as planning
 from qmpmirror.operations.blockcommit import CommitOptions
 from qmpmirror.operations.findings import Way
@@ -19,8 +29,7 @@ from qmpmirror.operations.group import MAX_FREEZE
 from qmpmirror.operations.options import Options
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Generator, Iterable
+    from collections.abc import Generator, Iterable, Mapping
     from types import TracebackType
 
     from qemu.qmp import QMPClient
@@ -36,6 +45,7 @@ if TYPE_CHECKING:
     from qmpmirror.operations.handle import BlockJob
     from qmpmirror.operations.options import Keywords
     from qmpmirror.operations.plan import Plan
+    from qmpmirror.operations.snapshot import SnapshotResult
     from qmpmirror.schema import Schema
     from qmpmirror.stats import Sizes, Traffic
 
@@ -214,6 +224,33 @@ class Machine:
             base=base,
             bandwidth=bandwidth,
             keep_relative=keep_relative,
+        )
+
+    async def snapshot(
+        self,
+        overlays: Mapping[str, str | os.PathLike[str]],
+        *,
+        reuse_external: bool = False,
+        agent: str = "",
+    ) -> SnapshotResult:
+        """Put overlays over the active images of disks, all at one instant (``transaction``).
+
+        The old images are not written to any more. Persistent dirty bitmaps go on in the overlays.
+        Cancelling this, or any error, takes everything back, unless the instant has come already.
+
+        Args:
+            overlays: for each disk, as for `disk`, where its qcow2 overlay goes.
+            reuse_external: the overlays are there; they must name their backing files.
+            agent: the socket of the guest's agent, to have it freeze its file systems meanwhile.
+
+        Raises: as `blockcopy`.
+        """
+        return await snapshot.create(
+            self.monitor,
+            await self.schema(),
+            {disk: os.fspath(path) for disk, path in overlays.items()},
+            reuse_external=reuse_external,
+            around=(lambda: frozen(agent)) if agent else None,
         )
 
     async def plan_blockcopy(

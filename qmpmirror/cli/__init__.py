@@ -22,6 +22,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "blockjob": ("blockjob", "see, steer and end the block job of a disk"),
     "blockcommit": ("blockcommit", "write images of a chain into one below them"),
     "blockpull": ("blockpull", "read what lies below the active image into it"),
+    "snapshot-create-as": ("snapshot", "put an overlay over the disks, all at one instant"),
     "recover": ("recover", "finish or undo what an interrupted run has left"),
     "list": ("list", "list the running QEMUs that have a QMP socket"),
     "domblklist": ("domblklist", "list the disks of a running QEMU"),

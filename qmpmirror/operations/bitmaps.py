@@ -54,7 +54,8 @@ async def merge(monitor: Monitor, target: Node, images: Sequence[Node]) -> None:
     for bitmap in carried(images[0]):
         sources = [layer for layer in _layers(images, bitmap.name) if layer.name != target.name]
         if bitmap.name not in known:
-            actions.append(_add(target, bitmap))
+            stored = target.driver == _STORES_BITMAPS
+            actions.append(add_action(target.name, bitmap, stored=stored))
         if sources:
             actions.append(_merge(target, bitmap, sources))
     if actions:
@@ -96,12 +97,19 @@ def _layers(images: Sequence[Node], name: str) -> list[Node]:
     return found
 
 
-def _add(target: Node, bitmap: Bitmap) -> dict[str, Any]:
+def add_action(node: str, bitmap: Bitmap, *, stored: bool = True) -> dict[str, Any]:
+    """The action of a ``transaction`` that gives a node an empty bitmap like another one.
+
+    Args:
+        node: the node.
+        bitmap: the other one.
+        stored: whether the node's format can store bitmaps.
+    """
     data = {
-        "node": target.name,
+        "node": node,
         "name": bitmap.name,
         "granularity": bitmap.granularity,
-        "persistent": bitmap.persistent and target.driver == _STORES_BITMAPS,
+        "persistent": bitmap.persistent and stored,
         "disabled": not bitmap.recording,
     }
     return {"type": "block-dirty-bitmap-add", "data": data}
