@@ -189,3 +189,35 @@ async def test_pivot_moves_all_disks_at_one_instant(scene: Scene) -> None:
         states.append(frozen.state)
     assert states == sorted(states, reverse=True)
     assert states[0] - states[-1] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("scene", "times"), [(2, 20), (4, 20), (8, 3)], indirect=["scene"])
+async def test_pivot_is_one_instant_every_time(scene: Scene, times: int) -> None:
+    for turn in range(times):
+        old = [await _active(scene, number) for number in range(scene.disks)]
+        members = [Member(m.disk, m.destination) for m in scene.members(turn)]
+        async with qmpmirror.connect(str(scene.vm.qmp)) as machine:
+            group = await machine.blockcopy_group(members, max_freeze=30)
+            await group.ready()
+            before = acknowledged(scene.serial)
+            result = await group.pivot()
+            after = acknowledged(scene.serial)
+        assert result.outcome is Phase.PIVOTED
+        await until_acknowledged(scene.serial, after + 20)
+        assert errors(scene.serial) == []
+        # What the guest left behind is one instant, and what it writes to now has all since then.
+        await check_one_instant(scene, old, before, after)
+        for image in old:
+            image.unlink()
+    await asyncio.to_thread(scene.vm.kill)
+    last = acknowledged(scene.serial)
+    for number in range(scene.disks):
+        image = await scene.flat(scene.copy(times - 1, number))
+        assert check_image(image, WORK, acknowledged=last, disk=number).problems == ()
+
+
+async def _active(scene: Scene, number: int) -> Path:
+    async with qmpmirror.connect(str(scene.vm.qmp)) as machine:
+        return Path((await machine.disk(f"vd{number}")).path)

@@ -15,7 +15,7 @@ from qmpmirror.operations.options import Options
 from qmpmirror.testing.fake import FakeError
 from qmpmirror.testing.graph import files_in
 from qmpmirror.testing.launcher import NbdServer
-from tests.qemu.disks import SIZE, Disks, make_disks, mirroring
+from tests.qemu.disks import SIZE, UNIT, Disks, make_disks, mirroring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,11 +39,12 @@ def disks(make: Make) -> Disks:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A folder with room for 640 KiB."""
+def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder with little room: 640 KiB, or as a parameter says."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(folder)]
+    size = getattr(request, "param", "640k")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, check=False, stdin=subprocess.DEVNULL).returncode:
         pytest.skip("not permitted to mount a small tmpfs")
     yield folder
@@ -167,6 +168,44 @@ async def test_a_disk_that_runs_out_of_space_while_copying(
             assert [r.outcome for r in group.result.results] == [Phase.ABORTED, Phase.FAILED]
         disks.write(0)
     assert files_in(small) == frozenset()
+
+
+async def test_a_destination_that_goes_while_copying(
+    disks: Disks, unchanged: Unchanged, server: NbdServer
+) -> None:
+    with unchanged(disks.vm, disks.folder):
+        async with qmpmirror.connect(str(disks.vm.qmp)) as machine:
+            first, second = disks.members()
+            slow = Options(format="raw", bandwidth=1, buf_size=UNIT)
+            group = await machine.blockcopy_group(
+                [first, qmpmirror.Member(second.disk, server.uri, slow)]
+            )
+            server.kill()
+            await group.copies[1].set_bandwidth(0)
+            with pytest.raises(errors.JobFailed, match="all copies were rolled back") as raised:
+                await group.ready()
+            assert raised.value.job_id == group.copies[1].id
+            assert await machine.jobs() == []
+        disks.write(0)
+
+
+@pytest.mark.parametrize("small", ["2m"], indirect=True)
+async def test_a_disk_that_runs_out_of_space_while_mirroring(disks: Disks, small: Path) -> None:
+    async with qmpmirror.connect(str(disks.vm.qmp)) as machine:
+        first, second = disks.members()
+        full = qmpmirror.Member(first.disk, str(small / "copy"), Options(shallow=True))
+        group = await machine.blockcopy_group([full, second])
+        await group.ready()
+        disks.vm.io("vd0", f"write -P 0x61 0 {SIZE}")
+        with pytest.raises(errors.JobFailed, match="all copies were rolled back") as raised:
+            await group.pivot()
+        assert raised.value.reason == "No space left on device"
+        assert await machine.jobs() == []
+    assert disks.active == [disks.top(n) for n in disks]
+    assert files_in(small) == frozenset()
+    assert not disks.copy(1).exists()
+    disks.vm.io("vd0", f"read -P 0x61 0 {SIZE}")
+    disks.write(0x62)
 
 
 @pytest.mark.parametrize("ending", ["pivot", "finish"])
