@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from qmpmirror.operations.findings import Finding, Way
     from qmpmirror.operations.group import CopyGroup, Cut, GroupResult, Member
     from qmpmirror.operations.handle import BlockJob, Progress
+    from qmpmirror.operations.image_create import Flattened
     from qmpmirror.operations.options import Options
     from qmpmirror.operations.plan import Plan
     from qmpmirror.operations.snapshot import Snapshot, SnapshotResult
@@ -70,6 +71,7 @@ _HOMES = {
     "Disk": "disks",
     "Ending": "life",
     "Finding": "operations.findings",
+    "Flattened": "operations.image_create",
     "Graph": "graph",
     "GroupResult": "operations.group",
     "InnerCommit": "operations.blockcommit",
@@ -114,6 +116,7 @@ __all__ = [
     "EndingAlreadyAsked",
     "Error",
     "Finding",
+    "Flattened",
     "Graph",
     "GroupResult",
     "InnerCommit",

@@ -19,6 +19,7 @@ from qmpmirror.operations import (
     blockjob,
     blockpull,
     group,
+    image_create,
     recover,
     snapshot,
 )
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from qmpmirror.operations.findings import Finding
     from qmpmirror.operations.group import CopyGroup, Member
     from qmpmirror.operations.handle import BlockJob
+    from qmpmirror.operations.image_create import Flattened
     from qmpmirror.operations.options import Keywords
     from qmpmirror.operations.plan import Plan
     from qmpmirror.operations.snapshot import SnapshotResult
@@ -251,6 +253,40 @@ class Machine:
             {disk: os.fspath(path) for disk, path in overlays.items()},
             reuse_external=reuse_external,
             around=(lambda: frozen(agent)) if agent else None,
+        )
+
+    async def image_create(
+        self,
+        disk: str,
+        image: str | os.PathLike[str],
+        *,
+        format: str = "qcow2",  # noqa: A002 - the field's word
+        compress: bool = False,
+        bandwidth: int = 0,
+    ) -> Flattened:
+        """Make one image of a disk as it is at one instant, its whole chain in it.
+
+        The top image is copied while the guest runs; the copy, a file beside the image, is then
+        flattened by ``qemu-img convert`` and removed. Cancelling this, or any error, removes both.
+
+        Args:
+            disk: as for `disk`.
+            image: the path of the new image.
+            format: its format.
+            compress: whether its clusters are compressed.
+            bandwidth: limit of the copy in bytes/s, 0 for none.
+
+        Raises: as `blockcopy`.
+            JobFailed: the copy failed.
+        """
+        return await image_create.create(
+            self.monitor,
+            await self.schema(),
+            disk,
+            os.fspath(image),
+            new_format=format,
+            compress=compress,
+            bandwidth=bandwidth,
         )
 
     async def plan_blockcopy(

@@ -56,6 +56,7 @@ class Flag(enum.Enum):
     ACTIVE = "a"
     DELETE_FILES = "r"
     BITMAPS = "m"
+    TEMPORARY = "t"
 
 
 class Mark(enum.Enum):

@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     from qmpmirror.operations.options import Options
 
 
-def parser() -> words.Parser:
-    """The command's parser."""
-    made = words.Parser(
-        "blockcopy",
-        "Copy a disk under the live guest. When the copy mirrors the disk, pivot to it, finish with"
-        " a consistent point-in-time copy, or leave both to later.",
-        "qmpmirror blockcopy testvm vda /export/copy.qcow2 --shallow --wait --verbose --pivot",
-    )
+_SUMMARY = (
+    "Copy a disk under the live guest. When the copy mirrors the disk, pivot to it, finish with"
+    " a consistent point-in-time copy, or leave both to later."
+)
+_EXAMPLE = "qmpmirror blockcopy testvm vda /export/copy.qcow2 --shallow --wait --verbose --pivot"
+
+
+def parser(
+    command: str = "blockcopy", summary: str = _SUMMARY, example: str = _EXAMPLE
+) -> words.Parser:
+    """The command's parser; `backup` has the same options."""
+    made = words.Parser(command, summary, example)
     made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
     disk = "the disk: target (vda), device or drive id, node name, image path"
     made.add_named("path", disk, required=False)
@@ -156,8 +160,14 @@ def _add_other_options(made: words.Parser) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code."""
-    made = parser()
+    return run_parsed(parser(), argv)
+
+
+def run_parsed(made: words.Parser, argv: Sequence[str]) -> int:
+    """Run the command, or `backup`; return its exit code."""
     arguments = made.parse(argv)
+    if made.prog.endswith("backup") and (arguments.pivot or arguments.async_):
+        made.error("a backup neither pivots nor leaves its end to QEMU: that is blockcopy")
     if arguments.bandwidth is None:
         arguments.bandwidth = "0"
     arguments.wait |= bool(arguments.pivot or arguments.finish or arguments.timeout)

@@ -88,6 +88,8 @@ def intention(name: JobName, asked: Ending | None, state: State, way: Way) -> st
 
 
 def _finishing(name: JobName) -> str:
+    if Flag.TEMPORARY in name.flags:
+        return "be aborted: the copy was to be temporary"
     if not name.has_two_phases:
         return "be waited for"
     return f"{ending_of(name).value} in the mirroring phase"

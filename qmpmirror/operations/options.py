@@ -77,6 +77,7 @@ class Keywords(TypedDict, total=False):
     keep_source: bool
     check_base: bool
     then: str
+    temporary: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -107,6 +108,7 @@ class Options:
         check_base: compare the content of a prepared destination's base with the source's.
         then: how the copy is going to be ended in the mirroring phase: ``pivot``, ``finish``, or
             empty when that is open. Nothing acts on it but `recover`, should this process die.
+        temporary: the copy serves only this process: `recover` always removes it.
         safe_start: stop the vCPUs while the mirror starts, on QEMUs that would miss writes then.
     """
 
@@ -132,4 +134,5 @@ class Options:
     keep_source: bool = False
     check_base: bool = False
     then: str = attrs.field(default="", validator=_one_of("", "pivot", "finish"))
+    temporary: bool = False
     safe_start: bool = True

@@ -59,7 +59,7 @@ class Plan:
     backing: str
     prepare: tuple[Step, ...]
     mirror: Command
-    last: tuple[Step, ...]
+    last: tuple[Execute, ...]
     stops_vcpus: bool
     replaced: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -331,6 +331,8 @@ class _Planner:
             flags.add(Flag.CHECK_BASE)
         if options.keep_source:
             flags.add(Flag.KEEP_SOURCE)
+        if options.temporary:
+            flags.add(Flag.TEMPORARY)
         if options.then:
             flags.add(Flag.THEN_PIVOT if options.then == "pivot" else Flag.THEN_FINISH)
         return frozenset(flags)

@@ -31,7 +31,7 @@ from qmpmirror.operations.leftovers import close_replaced, tidy, undo_creation
 from qmpmirror.operations.onephase import put_away
 from qmpmirror.operations.release import release_all
 from qmpmirror.operations.twophase import TwoPhaseJob
-from qmpmirror.steps import Command, attempt
+from qmpmirror.steps import Command, attempt, remove_file
 
 if TYPE_CHECKING:
     from qmpmirror.disks import Disk
@@ -123,9 +123,7 @@ async def _finish_groups(
         if disk is None or run.job.status.status == "concluded":
             broken.add(group)
             continue
-        for created in (run.data, run.file):
-            if created is not None:
-                await attempt(monitor, Command("job-dismiss", {"id": created.status.id}))
+        await _dismiss_created(monitor, run)
         copy = await attach_ours(monitor, schema, picture, run, disk)
         assert isinstance(copy, Copy)  # noqa: S101 - nothing else has the flag
         groups.setdefault(group, {})[run.id] = copy
@@ -183,9 +181,9 @@ async def _recover_job(  # noqa: PLR0917 - the run and all that is needed to act
         finding = Finding(run.id, job.what, state, disk.name, job.destination, disk.path, "")
         if dry_run:
             return attrs.evolve(finding, action=intention(job.name, life.asked, state, way))
-        for created in (run.data, run.file):
-            if created is not None:
-                await attempt(monitor, Command("job-dismiss", {"id": created.status.id}))
+        temporary = Flag.TEMPORARY in job.name.flags
+        if not temporary:
+            await _dismiss_created(monitor, run)
         if state in {State.COPYING, State.MIRRORING} and way is Way.LEAVE:
             return attrs.evolve(finding, action="left running")
         try:
@@ -198,15 +196,26 @@ async def _recover_job(  # noqa: PLR0917 - the run and all that is needed to act
                 action=f"put away: it had failed: {failure.reason}",
                 left=failure.left,
             )
-        return attrs.evolve(
-            finding, active=result.active, action=done(job.name, result), left=result.left
-        )
+        action = done(job.name, result)
+        if temporary:
+            remove_file(job.destination)
+            await _dismiss_created(monitor, run)
+            action = "put away: the copy was to be temporary"
+        return attrs.evolve(finding, active=result.active, action=action, left=result.left)
     finally:
         job.job.close()
 
 
+async def _dismiss_created(monitor: Monitor, run: Run) -> None:
+    """The copy's own job is QEMU's record of the run now."""
+    for created in (run.data, run.file):
+        if created is not None:
+            await attempt(monitor, Command("job-dismiss", {"id": created.status.id}))
+
+
 async def _end(job: TwoPhaseJob, state: State, way: Way) -> Result:
-    if way is Way.UNDO and state is not State.ENDED:
+    unwanted = way is Way.UNDO or Flag.TEMPORARY in job.name.flags
+    if unwanted and state is not State.ENDED:
         return await job.abort(force=True)
     if state in {State.ENDED, State.ENDING}:
         return await job.resume_ending()
