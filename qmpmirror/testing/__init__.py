@@ -18,6 +18,7 @@ from qmpmirror.testing.images import ImageError, ImageTools
 from qmpmirror.testing.launcher import NbdServer, Qemu, StorageDaemon, version_of
 from qmpmirror.testing.oneshot import CommandError
 from qmpmirror.testing.process import LaunchError
+from qmpmirror.testing.replay import replay
 from qmpmirror.testing.script import FakeError, event, load_schema
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "event",
     "files_in",
     "load_schema",
+    "replay",
     "version_of",
 ]

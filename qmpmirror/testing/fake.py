@@ -356,8 +356,11 @@ class FakeMonitor:
         await asyncio.sleep(fault.delay)
         if fault.half:
             client.send_half(reply)
+        elif fault.corrupt:
+            client.send(json.dumps(reply)[:-1].encode() + b"\r\n")
         elif not fault.drop:
-            client.send(reply)
+            for _ in range(1 + fault.duplicate):
+                client.send(reply)
         if fault.close:
             client.close()
         later, self._later = self._later, []

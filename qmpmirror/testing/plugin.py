@@ -9,6 +9,8 @@ fixture                what it is
 ``images``             the `ImageTools` of the same version
 ``qemu_chain``         three qcow2 images on top of each other, in ``tmp_path``
 ``clean_graph``        at the end of the test, its QEMUs' block graphs must be what they were
+``qmp_connect``        connects the library to one; with ``--qmp-transcript`` it is recorded
+``pinned_copy``        holds a copy in the copying or in the mirroring phase
 ``fake_monitor``       makes `FakeMonitor` objects, each on a socket of its own
 ``strict_loop``        an exception that nobody but the event loop sees fails the test
 =====================  ==========================================================================
@@ -33,6 +35,7 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 import pytest
 
+from qmpmirror.testing.connections import pinned_copy, qmp_connect, qmp_transcript
 from qmpmirror.testing.fake import FakeMonitor
 from qmpmirror.testing.graph import GraphSnapshot, assert_clean_graph
 from qmpmirror.testing.images import ImageTools
@@ -42,6 +45,8 @@ from qmpmirror.testing.process import fits_socket
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from typing import Any
+
+__all__ = ["pinned_copy", "qmp_connect", "qmp_transcript"]  # pytest finds them here
 
 BINARIES = pytest.StashKey[list[str]]()
 LAUNCHED = pytest.StashKey[list[Qemu]]()
@@ -138,8 +143,15 @@ def satisfies(version: Version, conditions: str) -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--qemu``."""
-    parser.getgroup("qmpmirror").addoption(
+    """Add ``--qemu`` and ``--qmp-transcript``."""
+    group = parser.getgroup("qmpmirror")
+    group.addoption(
+        "--qmp-transcript",
+        metavar="DIR",
+        help="write all that passes over QMP to DIR, a file for each connection that the fixtures "
+        "qmp_connect and pinned_copy make",
+    )
+    group.addoption(
         "--qemu",
         action="append",
         metavar="PATH",

@@ -50,6 +50,8 @@ class Fault:
     Attributes:
         delay: Seconds until the reply is sent; what follows waits behind it.
         drop: Whether it is never sent.
+        duplicate: Whether it is sent twice.
+        corrupt: Whether it is sent without its last brace, so that it is no JSON.
         half: Whether the connection is closed in the middle of it.
         close: Whether the connection is closed after it.
         once: Whether only the next such command is meant.
@@ -57,6 +59,8 @@ class Fault:
 
     delay: float = 0.0
     drop: bool = False
+    duplicate: bool = False
+    corrupt: bool = False
     half: bool = False
     close: bool = False
     once: bool = False
