@@ -8,7 +8,7 @@ QEMUS = $(shell scripts/fetch-qemu --list 2>/dev/null | sort -V | cut -f2)
 OLDEST_AND_NEWEST = $(firstword $(QEMUS)) $(lastword $(QEMUS))
 VERSIONS_TESTS := tests/qemu/test_hazards.py tests/qemu/test_hazards_elsewhere.py tests/guest
 
-.PHONY: help demo test test-fast test-versions test-matrix check venv system guest qemus clean
+.PHONY: help demo test test-fast test-versions test-matrix check docs package venv system guest qemus clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,14 @@ check: venv  ## linters and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+docs: venv  ## build the documentation in docs/_build; warnings are errors
+	$(VENV)/bin/pip install --quiet --group docs
+	$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs docs/_build
+
+package: venv  ## build sdist and wheel, and use them with the oldest and newest dependencies
+	$(VENV)/bin/pip install --quiet --group package
+	scripts/check-package
+
 venv: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml | system
@@ -51,4 +59,4 @@ qemus: | system
 	@scripts/fetch-qemu
 
 clean:  ## remove what was made here
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) docs/_build .cache .mypy_cache .pytest_cache .ruff_cache

@@ -137,7 +137,16 @@ def find(disks: Iterable[Disk], name: str) -> Disk:
         f"disk {name!r} not found: there is {_listed(disks) or 'no disk at all'}",
         disk=name,
         candidates=[disk.describe() for disk in disks],
+        hint=_did_you_mean(disks, name),
     )
+
+
+def _did_you_mean(disks: Iterable[Disk], name: str) -> str:
+    from difflib import get_close_matches  # noqa: PLC0415 - only for a mistake
+
+    known = [word for disk in disks for word in (*_ids(disk), disk.target, disk.path) if word]
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _from_drive(drive: Mapping[str, Any], graph: Graph, folder: str | None) -> Disk:

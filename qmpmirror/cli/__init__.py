@@ -22,12 +22,16 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "blockjob": ("blockjob", "see, steer and end the block job of a disk"),
     "blockcommit": ("blockcommit", "write images of a chain into one below them"),
     "blockpull": ("blockpull", "read what lies below the active image into it"),
+    "backup": ("backup", "make consistent copies of one disk, or of several at one instant"),
+    "image-create": ("imaging", "make one image of a live disk, its whole chain in it"),
     "snapshot-create-as": ("snapshot", "put an overlay over the disks, all at one instant"),
     "recover": ("recover", "finish or undo what an interrupted run has left"),
+    "doctor": ("doctor", "show on one page what a bug report needs, and what looks wrong"),
     "list": ("list", "list the running QEMUs that have a QMP socket"),
     "domblklist": ("domblklist", "list the disks of a running QEMU"),
     "domblkinfo": ("domblkinfo", "show the sizes of a disk"),
     "domblkstat": ("domblkstat", "show what the guest has read and written"),
+    "completion": ("completion", "print completion for bash, zsh or fish, or the man page"),
 }
 """Command → module of this folder, and what it does in a few words."""
 
