@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Everything that can go wrong, in one tree.
 
+::
+
     qmpmirror.Error
     ├── UsageError                 a value that can never work
     ├── ConnectError               no monitor could be had
