@@ -48,6 +48,8 @@ _CRASH_WHEN_CONCLUDED: Final = {"backup": range(6), "stream": range(6, 10)}
 latter. Of those between nobody has tried, so they are taken for fragile.
 """
 
+_OF_AN_IMAGE: Final = frozenset({"file", "data-file", "image"})
+
 PATH_DRIVERS: Final = frozenset({"file", "host_device", "host_cdrom"})
 """Protocol drivers whose ``filename`` is a path."""
 
@@ -156,7 +158,8 @@ class Graph:
     def below(self, name: str) -> str:
         """The child that a filter filters."""
         node = self.nodes[name]
-        return node.child("file") or node.child("backing")
+        # blkdebug calls its child "image".
+        return node.child("file") or node.child("backing") or node.child("image")
 
     def image(self, name: str) -> Node:
         """The first node at or below ``name`` that is no filter."""
@@ -182,7 +185,7 @@ class Graph:
     def storage(self, image: str) -> Node:
         """The protocol node at the bottom of an image, below its format and slice."""
         node = self.nodes[image]
-        while child := node.child("file"):
+        while child := node.child("file") or node.child("image"):
             node = self.nodes[child]
         return node
 
@@ -191,7 +194,7 @@ class Graph:
         names = [image]
         for name in names:
             node = self.nodes[name]
-            names.extend(child for role, child in node.children if role in {"file", "data-file"})
+            names.extend(child for role, child in node.children if role in _OF_AN_IMAGE)
         return names
 
     def replaced_by_pivot(self, source: str, *, whole_chain: bool) -> list[str]:

@@ -51,7 +51,7 @@ def _allocated(picture: Graph, images: Iterable[str]) -> int | None:
     for image in images:
         for name in picture.image_nodes(image):
             node = picture.nodes[name]
-            if node.child("file"):
+            if node.child("file") or node.child("image"):
                 continue
             if node.actual_size is None or node.driver in _DEVICES:
                 return None

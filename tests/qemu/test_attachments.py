@@ -54,6 +54,21 @@ THROTTLE = "-object throttle-group,id=tg0,x-iops-total=100000 "
 VIRTIO = "-device virtio-blk-pci,id=dev0,drive="
 
 ATTACHMENTS = (
+    Attachment(
+        "blkdebug-below-the-format",
+        "-blockdev file,node-name=prot0,filename=IMAGE"
+        " -blockdev blkdebug,node-name=dbg0,image=prot0"
+        " -blockdev qcow2,node-name=fmt0,file=dbg0 " + VIRTIO + "fmt0",
+        "vda",
+        ("dev0", "fmt0"),
+    ),
+    Attachment(
+        "blkdebug-above-the-image",
+        NODE + "-blockdev blkdebug,node-name=dbg0,image=fmt0 " + VIRTIO + "dbg0",
+        "vda",
+        ("dev0", "dbg0", "fmt0"),
+        ("dbg0",),
+    ),
     Attachment("drive-virtio", "-drive if=virtio,format=qcow2,file=IMAGE", "vda", ("virtio0",)),
     Attachment(
         "drive-virtio-id", "-drive if=virtio,id=drv0,format=qcow2,file=IMAGE", "vda", ("drv0",)
@@ -337,8 +352,8 @@ async def assert_runs_on(machine: Machine, way: Attachment, chain: list[Path]) -
     images = graph.chain(disk.node)
     assert [graph.path(image.name) for image in images] == list(map(str, chain))
     assert tuple(graph.stack(disk.node)[:-1]) == way.filters
-    storage = {graph.storage(image.name).name for image in images}
-    assert set(graph.nodes) == {*way.filters, *(image.name for image in images), *storage}
+    theirs = {name for image in images for name in graph.image_nodes(image.name)}
+    assert set(graph.nodes) == {*way.filters, *theirs}
 
 
 def depth_of_the_bases_data(layers: Layers, image: Path) -> int:
