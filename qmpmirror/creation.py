@@ -6,14 +6,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from qmpmirror.errors import Unsupported, UsageError
+from qmpmirror.errors import Refused, Unsupported, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qmpmirror.schema import Schema
 
-_OURS: Final = frozenset({"driver", "file", "size", "backing-file", "backing-fmt", "encrypt", "key-secret"})
+ENCRYPT: Final = "encrypt."
+_OURS: Final = frozenset(
+    {"driver", "file", "size", "backing-file", "backing-fmt", "encrypt", "key-secret"}
+)
 _VERSIONS: Final[Mapping[str, str]] = {"0.10": "v2", "1.1": "v3"}
 _SWITCHES: Final[Mapping[str, bool]] = {"on": True, "yes": True, "off": False, "no": False}
 _SIZE: Final = re.compile(r"(\d+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -47,6 +50,26 @@ def typed(schema: Schema, driver: str, options: Mapping[str, Any]) -> dict[str, 
             )
         found[name] = _value(given, value, known[name])
     return found
+
+
+def luks(schema: Schema, options: Mapping[str, Any], *, encrypted: bool) -> dict[str, Any]:
+    """The options of LUKS inside of a qcow2 image, which qemu-img calls ``encrypt.*``.
+
+    Raises:
+        Refused: there are such options, and it is no encrypted qcow2 image.
+        Unsupported: UsageError: as `typed`.
+    """
+    given = {
+        name.removeprefix(ENCRYPT): value
+        for name, value in options.items()
+        if name.startswith(ENCRYPT)
+    }
+    if given and not encrypted:
+        raise Refused(
+            f"options {ENCRYPT}* are for an encrypted qcow2 image",
+            hint="give --secret FILE; with --format luks they have no such prefix",
+        )
+    return typed(schema, "luks", given)
 
 
 def _qmp(name: str, value: Any) -> tuple[str, Any]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from qmpmirror.schema import Schema
 
 _HEADERLESS: Final = frozenset({"raw"})
-_ENCRYPT: Final = "encrypt."
 _BACKABLE: Final = frozenset({"qcow", "qcow2", "qed", "vmdk"})
 _NOT_FORMATS: Final = frozenset({"file", "gluster", "nfs", "rbd", "sheepdog", "ssh", "vhdx"})
 """What ``blockdev-create`` offers and is not an image format that a guest could run on."""
@@ -142,6 +141,7 @@ class Planner:
         source: the image that is copied.
         schema: what this QEMU can do.
         sees_our_files: whether a path means the same file to us and to QEMU.
+        overlay: whether it is going to be hung over its backing by ``blockdev-snapshot``.
     """
 
     run: str
@@ -151,6 +151,7 @@ class Planner:
     source: Node
     schema: Schema
     sees_our_files: bool
+    overlay: bool = False
 
     @property
     def storage(self) -> str:
@@ -254,13 +255,17 @@ class Planner:
             options["backing-file"] = layout.backing_file
             if self.schema.has_creation_option(driver, "backing-fmt"):
                 options["backing-fmt"] = layout.backing_format
-        return options | self._extra_options() | self._new_encryption()
+        encryption = self._encryption()
+        luks = creation.luks(self.schema, self.wish.options, encrypted="encrypt" in encryption)
+        if luks:
+            encryption["encrypt"] |= luks
+        return options | self._extra_options() | encryption
 
     def _extra_options(self) -> dict[str, Any]:
         given = {
             name: value
             for name, value in self.wish.options.items()
-            if name not in {"data_file", "data-file"} and not name.startswith(_ENCRYPT)
+            if name not in {"data_file", "data-file"} and not name.startswith(creation.ENCRYPT)
         }
         driver = "file" if self.wish.format in _HEADERLESS else self.wish.format
         extra = creation.typed(self.schema, driver, given)
@@ -290,23 +295,6 @@ class Planner:
             return {}
         key = {"key-secret": names.node_name(self.run, "secret")}
         return key if self.wish.format == "luks" else {"encrypt": {"format": "luks", **key}}
-
-    def _new_encryption(self) -> dict[str, Any]:
-        """The same for a new image, with the options of LUKS that qemu-img calls ``encrypt.*``."""
-        given = {
-            name.removeprefix(_ENCRYPT): value
-            for name, value in self.wish.options.items()
-            if name.startswith(_ENCRYPT)
-        }
-        if not given:
-            return self._encryption()
-        if self.wish.format == "luks" or not self.wish.secret:
-            raise errors.Refused(
-                f"options {_ENCRYPT}* are for an encrypted qcow2 image",
-                hint="give --secret FILE; with --format luks they have no such prefix",
-            )
-        luks = creation.typed(self.schema, "luks", given)
-        return {"encrypt": {**self._encryption()["encrypt"], **luks}}
 
     def _open_storage(self) -> Step:
         options = dict(self.destination.options) | {"node-name": self.storage, "read-only": False}
@@ -349,7 +337,7 @@ class Planner:
         """
         if self.wish.format not in _BACKABLE or "backing" in self.destination.options:
             return {}
-        if not self.layout.backing_node:
+        if not self.layout.backing_node or self.overlay:
             return {"backing": None}
         if not self.wish.reuse:
             return {"backing": self.layout.backing_node}
@@ -370,7 +358,10 @@ class Planner:
         return {"discard": "unmap", "cache": cache}
 
     def _aio(self) -> dict[str, Any]:
-        return {"aio": self.wish.aio} if self.wish.aio else {}
+        if self.wish.aio != "native":
+            return {"aio": self.wish.aio} if self.wish.aio else {}
+        # QEMU demands it; a source may have it at its file alone.
+        return {"aio": "native", "cache": {"direct": True, "no-flush": self.source.cache_no_flush}}
 
     def _flags(self) -> frozenset[Flag]:
         flags = set()
