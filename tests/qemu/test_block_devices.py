@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
+import contextlib
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
 
 import qmpmirror
 from qmpmirror import Phase
+from tests.qemu.servers import loop_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from qmpmirror.testing.launcher import Qemu
     from tests.qemu.conftest import Boot, Connect, Guest, Layers, Unchanged
@@ -27,26 +29,11 @@ SIZE = 8 * 1024 * 1024
 @pytest.fixture
 def loop(tmp_path: Path) -> Iterator[Loop]:
     """Make a loop device of so many bytes."""
-    made: list[str] = []
-
-    def make(size: int) -> Path:
-        file = tmp_path / f"device{len(made)}"
-        with file.open("wb") as backing:
-            backing.truncate(size)
-        run = subprocess.run(
-            ["/usr/sbin/losetup", "--find", "--show", str(file)],
-            capture_output=True,
-            check=False,
-            text=True,
+    with contextlib.ExitStack() as made:
+        numbers = itertools.count()
+        yield lambda size: made.enter_context(
+            loop_device(tmp_path / f"device{next(numbers)}", size)
         )
-        if run.returncode:
-            pytest.skip(f"no loop device to be had here: {run.stderr.strip()}")
-        made.append(run.stdout.strip())
-        return Path(made[-1])
-
-    yield make
-    for device in made:
-        subprocess.run(["/usr/sbin/losetup", "--detach", device], check=True)
 
 
 @pytest.fixture

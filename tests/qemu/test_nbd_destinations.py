@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -18,6 +16,7 @@ import qmpmirror
 from qmpmirror import Phase, errors
 from qmpmirror.testing.launcher import NbdServer
 from qmpmirror.testing.process import sibling
+from tests.qemu.servers import TcpServer, certificates, free_port, needs_openssl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,13 +55,6 @@ def serve(layers: Layers, tmp_path: Path) -> Iterator[Callable[..., NbdServer]]:
     yield start
     for server in started:
         server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize("size", [SIZE, SIZE + 512 * 1024])
@@ -199,70 +191,26 @@ async def test_a_server_that_dies_fails_the_copy_and_spares_the_guest(
     user.check()
 
 
-def certificates(folder: Path) -> None:
-    """A CA, and a server and a client that it vouches for, by openssl."""
-
-    def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
-
-    folder.mkdir()
-    openssl(
-        *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=ca"),
-        *("-keyout", "ca-key.pem", "-out", "ca-cert.pem"),
-    )
-    for who in ("server", "client"):
-        key, request, cert = (f"{who}-{part}.pem" for part in ("key", "request", "cert"))
-        openssl(
-            *("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1"),
-            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", request),
-        )
-        (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
-        openssl(
-            *("x509", "-req", "-in", request, "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem"),
-            *("-CAcreateserial", "-days", "2", "-extfile", "ext", "-out", cert),
-        )
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
+@needs_openssl
 async def test_tls(vm: Qemu, connect: Connect, layers: Layers, tmp_path: Path) -> None:
     ours, strangers = tmp_path / "ours", tmp_path / "strangers"
     certificates(ours)
     certificates(strangers)
     image = tmp_path / "served"
     layers.images.create(image, SIZE, fmt="raw")
-    port = free_port()
-    server = serve_tls(layers, ours, port, image)
-    uri = f"nbd://127.0.0.1:{port}/disk"
-    try:
+    with TcpServer(qemu=layers.images.qemu, directory=tmp_path, image=image, creds=ours) as server:
         async with connect(vm) as machine:
             before = machine_objects(vm)
             # Without credentials, and with those of somebody else, nothing changes.
             for creds in ("", str(strangers)):
                 with pytest.raises(errors.Refused):
-                    await machine.blockcopy("vda", uri, tls_creds=creds, server_seconds=5.0)
+                    await machine.blockcopy("vda", server.uri, tls_creds=creds, server_seconds=5.0)
                 assert machine_objects(vm) == before
-            copy = await machine.blockcopy("vda", uri, tls_creds=str(ours))
+            copy = await machine.blockcopy("vda", server.uri, tls_creds=str(ours))
             await copy.ready()
             assert (await copy.finish()).outcome is Phase.FINISHED
             assert machine_objects(vm) == before
-    finally:
-        server.kill()
-        server.wait()
     assert layers.content(image, "raw") == layers.content(layers.snap2)
-
-
-def serve_tls(layers: Layers, creds: Path, port: int, image: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [
-            *(sibling(layers.images.qemu, "qemu-nbd"), "-t", "-f", "raw", "-x", "disk"),
-            *("-b", "127.0.0.1", "-p", str(port)),
-            *("--object", f"tls-creds-x509,id=t,endpoint=server,dir={creds},verify-peer=on"),
-            *("--tls-creds", "t", str(image)),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
 
 
 def machine_objects(vm: Qemu) -> list[str]:
@@ -282,7 +230,7 @@ def test_json_destination_on_the_command_line(
 @pytest.mark.parametrize(
     ("destination", "reason"),
     [
-        ('json:{"driver": "nonsense"}', "does not accept 'nonsense'"),
+        ('json:{"driver": "nonsense"}', "has no driver 'nonsense'"),
         ("json:{", "is no JSON"),
         ("json:[]", "names no driver"),
         ("nbd+unix:///x", r"needs \?socket=PATH"),
