@@ -19,6 +19,7 @@ demo: venv  ## play the scene: a live disk moves from snap2 to copy
 test: check test-fast  ## linters, types, and all tests on the system's QEMU
 
 test-fast: venv guest
+	@scripts/install-packages tests
 	$(PYTEST) -n 2 --dist worksteal -m "not slow" tests
 
 test-versions: venv guest qemus  ## the scene, the hazards and the guest on QEMU 5.2, 7.2, 10.0 and the newest
