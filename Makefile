@@ -6,9 +6,11 @@ PYTHON ?= python3
 PYTEST := $(VENV)/bin/pytest
 QEMUS = $(shell scripts/fetch-qemu --list 2>/dev/null | sort -V | cut -f2)
 OLDEST_AND_NEWEST = $(firstword $(QEMUS)) $(lastword $(QEMUS))
+MORE_TESTS := tests/docs/test_docs.py $(addprefix tests/qemu/test_, creation_options.py sparseness.py network_servers.py \
+	network_drivers.py image_sizes.py next_start.py carried_options.py destination_refusals.py)
 VERSIONS_TESTS := tests/qemu/test_hazards.py tests/qemu/test_hazards_elsewhere.py tests/guest
 
-.PHONY: help demo test test-fast test-versions test-matrix check docs package venv system guest qemus clean
+.PHONY: help demo test test-fast test-more test-versions test-matrix check docs package venv system guest qemus clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,11 +18,15 @@ help:  ## show this list
 demo: venv  ## play the scene: a live disk moves from snap2 to copy
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/demo
 
-test: check test-fast  ## linters, types, and all tests on the system's QEMU
+test: check test-fast  ## linters, types, and the quick tests on the system's QEMU
 
 test-fast: venv guest
 	@scripts/install-packages tests
-	$(PYTEST) -n 2 --dist worksteal -m "not slow" tests
+	$(PYTEST) -n 2 --dist worksteal -m "not slow" $(addprefix --ignore=,$(MORE_TESTS)) tests
+
+test-more: venv guest  ## every kind of destination, and every example of the documentation
+	@scripts/install-packages tests
+	$(PYTEST) -n 2 --dist worksteal -m "not slow" $(MORE_TESTS)
 
 test-versions: venv guest qemus  ## the scene, the hazards and the guest on QEMU 5.2, 7.2, 10.0 and the newest
 	$(PYTEST) -n 2 --dist worksteal -m "not slow" $(VERSIONS_TESTS) $(addprefix --qemu=,$(QEMUS))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from qmpmirror.undo import Undo
 
 log = logging.getLogger("qmpmirror.steps")
+
+_BUSY_MACHINE: Final = "accurate CPU usage"
+"""QEMU times its own CPU for a LUKS passphrase, and gives up when the machine is too busy."""
+
+_TRIES: Final = 5
 
 
 @attrs.frozen
@@ -110,12 +115,21 @@ class CreateImage:
             undo.add(f"remove {self.makes_file}", _discard, self.makes_file)
         undo.add(f"cancel job {self.job_id}", cancel_job, monitor, self.job_id)
         (create,) = self.commands()
+        error = ""
+        for _ in range(_TRIES):
+            error = await self._create(monitor, create)
+            if _BUSY_MACHINE not in error:
+                break
+            await cancel_job(monitor, self.job_id)
+        if error:
+            raise errors.CommandFailed(create.name, create.arguments, error, "GenericError")
+
+    async def _create(self, monitor: Monitor, create: Command) -> str:
         with Job(monitor, self.job_id) as job:
             await monitor.execute(create.name, create.arguments)
             await job.wait(lambda life: life.concluded)
             ended = await job.refresh()
-        if ended is not None and ended.error:
-            raise errors.CommandFailed(create.name, create.arguments, ended.error, "GenericError")
+        return ended.error if ended is not None else ""
 
 
 @attrs.frozen

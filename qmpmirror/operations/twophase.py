@@ -228,7 +228,8 @@ class TwoPhaseJob(BlockJob):
         life = self.job.life
         if ending is not Ending.ABORT and life.phase is Phase.COPYING:
             raise errors.NotReady(
-                f"the {self.what} of {self.disk.name} cannot {ending.value} yet: it is copying",
+                f"the {self.what} of {self.disk.name} cannot {ending.value} yet:"
+                " it is still copying",
                 job_id=self.id,
                 hint="wait for the mirroring phase",
             )

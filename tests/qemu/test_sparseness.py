@@ -107,7 +107,8 @@ async def test_luks_in_qcow2(
     secret = tmp_path / "secret"
     secret.write_text("a long passphrase")
     copy = layers.folder / "copy"
-    await finished(connect, vm, copy, format="qcow2", secret=str(secret))
+    fast = {"encrypt.iter-time": "10"}
+    await finished(connect, vm, copy, format="qcow2", secret=str(secret), creation=fast)
     assert allocated(copy) <= allocated(source) + 3 * MIB  # LUKS has a header of 2 MiB
 
 

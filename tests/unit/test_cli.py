@@ -69,7 +69,7 @@ def test_no_command_at_all(capsys: Capture) -> None:
         ("blockcpy", "unknown command 'blockcpy': did you mean blockcopy?"),
         ("block-copy", "unknown command 'block-copy': did you mean blockcopy?"),
         ("domblkls", "unknown command 'domblkls': did you mean domblklist?"),
-        ("migrate", "unknown command 'migrate': see qmpmirror --help"),
+        ("frobnicate", "unknown command 'frobnicate': see qmpmirror --help"),
         ("", "unknown command '': see qmpmirror --help"),
         ("--verbose", "unknown command '--verbose': see qmpmirror --help"),
     ],

@@ -5,9 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from qmpmirror import errors
 from qmpmirror.job import Job
 from qmpmirror.life import Life
 from qmpmirror.monitor import Event
+from qmpmirror.steps import CreateImage
+from qmpmirror.undo import Undo
 
 
 class OvertakenMonitor:
@@ -45,3 +50,37 @@ async def test_a_reply_without_events_is_believed() -> None:
     with Job(monitor, "job0", Life.resume("running")) as job:
         await job.refresh()
         assert job.life.mirrored
+
+
+class BusyMonitor(OvertakenMonitor):
+    """A QEMU that gives up to create a LUKS image, because its machine is busy."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+        self.created = 0
+        self.known = False
+
+    async def execute(self, command: str, arguments: Any = None) -> Any:
+        del arguments
+        if command == "blockdev-create":
+            self.created, self.known = self.created + 1, True
+        if command == "job-dismiss":
+            self.known = False
+        error = "Unable to get accurate CPU usage" if self.created <= self.failures else ""
+        progress = {"current-progress": 1, "total-progress": 1}
+        job = {"id": "job0", "type": "create", "status": "concluded", "error": error, **progress}
+        return [job] if command == "query-jobs" and self.known else []
+
+
+async def test_a_busy_machine_is_asked_again_for_an_encrypted_image() -> None:
+    monitor: Any = BusyMonitor(failures=3)
+    await CreateImage("job0", {"driver": "luks"}).run(monitor, Undo())
+    assert monitor.created == 4
+
+
+async def test_but_not_for_ever() -> None:
+    monitor: Any = BusyMonitor(failures=99)
+    with pytest.raises(errors.CommandFailed, match="accurate CPU usage"):
+        await CreateImage("job0", {"driver": "luks"}).run(monitor, Undo())
+    assert monitor.created == 5

@@ -167,6 +167,15 @@ def test_its_end_cancels_what_still_runs(loop: bridge.Loop) -> None:
     assert ended.is_set()
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C counts, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("presses", [1, 2])
 def test_an_interrupt_cancels_the_call_and_waits_for_its_clean_up(
     loop: bridge.Loop, presses: int
