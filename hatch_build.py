@@ -21,7 +21,7 @@ PLACES = {
 class GeneratedFiles(BuildHookInterface[Any]):
     """The build hook."""
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling calls it so
         """Write the files where the builder will find them."""
         # The parsers need nothing but the standard library.
         sys.path.insert(0, self.root)
@@ -37,9 +37,9 @@ class GeneratedFiles(BuildHookInterface[Any]):
 
     def finalize(
         self,
-        version: str,  # noqa: ARG002
-        build_data: dict[str, Any],  # noqa: ARG002
-        artifact_path: str,  # noqa: ARG002
+        version: str,  # noqa: ARG002 - hatchling calls it so
+        build_data: dict[str, Any],  # noqa: ARG002 - hatchling calls it so
+        artifact_path: str,  # noqa: ARG002 - hatchling calls it so
     ) -> None:
         """Remove them again."""
         self._folder.cleanup()

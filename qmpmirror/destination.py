@@ -132,6 +132,33 @@ def look(destination: Destination, used: Sequence[str], *, blockdev: bool) -> De
     return attrs.evolve(destination, exists=True)
 
 
+def check_presence(
+    destination: Destination, *, reuse: bool, overwrite: bool = False, hint: str
+) -> None:
+    """What is to be reused must be there; what is not must not lose anybody's data.
+
+    Args:
+        destination: a local one that was looked at.
+        reuse: whether it is opened as it is.
+        overwrite: whether it may be formatted in any case.
+        hint: what to do when it holds something.
+
+    Raises:
+        DestinationError: it is not there.
+        DestinationExists: it holds something.
+    """
+    if reuse and not destination.exists:
+        raise _refused(destination.text, "does not exist, so it cannot be reused")
+    if not destination.exists or reuse or overwrite:
+        return
+    if not is_empty(destination):
+        raise errors.DestinationExists(
+            f"{destination.text} exists already and is not empty",
+            destination=destination.text,
+            hint=hint,
+        )
+
+
 def is_empty(destination: Destination) -> bool:
     """Whether a local destination holds nothing that anybody could miss.
 

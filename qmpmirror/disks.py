@@ -77,6 +77,11 @@ class Disk:
         return self.node == other.node
 
 
+def is_fixed(disk: Disk) -> bool:
+    """Whether a guest has a disk, and for good: it is no CD-ROM or floppy drive."""
+    return bool(disk.qom_path) and not disk.removable
+
+
 async def read(monitor: Monitor, graph: Graph, folder: str | None) -> list[Disk]:
     """All disks, in QEMU's own order.
 

@@ -204,9 +204,8 @@ class Graph:
         """
         if source not in self.nodes:
             return []
-        images = [image.name for image in self.chain(source)] if whole_chain else [source]
-        found = [name for image in images for name in self.image_nodes(image)]
-        return [name for name in found if self.nodes[name].named_by_user]
+        images = self.chain(source) if whole_chain else [self.nodes[source]]
+        return named_nodes(self, images)
 
     def path(self, image: str) -> str:
         """The path of an image as QEMU opened it; empty when it is no file or device."""
@@ -235,6 +234,12 @@ class Graph:
     def is_root(self, name: str) -> bool:
         """Whether no node has this one as a child; a job's own filter does not count."""
         return all(parent.driver in JOB_FILTERS for parent in self.parents(name))
+
+
+def named_nodes(picture: Graph, images: Iterable[Node]) -> list[str]:
+    """The nodes of images, top down; those that QEMU has named itself go with others."""
+    found = [name for image in images for name in picture.image_nodes(image.name)]
+    return [name for name in found if picture.nodes[name].named_by_user]
 
 
 async def read(monitor: Monitor) -> Graph:

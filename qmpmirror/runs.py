@@ -80,9 +80,13 @@ class Run:
         return any(
             picture.users.get(name)
             or any(parent.name not in ours for parent in picture.parents(name))
-            for name in ours
-            if name in picture.nodes and not name.endswith("-probe")
+            for name in self._nodes(picture)
         )
+
+    def _nodes(self, picture: Graph) -> list[str]:
+        """Its nodes, without the one that only looks whether a file is there."""
+        ours = (names.node_name(self.id, role) for role in self.roles if role != "probe")
+        return [name for name in ours if name in picture.nodes]
 
     def is_unfinished(self, picture: Graph) -> bool:
         """Whether the run ended before its copy started, or without putting its nodes away."""
@@ -90,9 +94,7 @@ class Run:
             return True
         if self.copied:
             return False
-        ours = {names.node_name(self.id, role) for role in self.roles}
-        nodes = [name for name in ours if name in picture.nodes and not name.endswith("-probe")]
-        return bool(nodes) and not self.is_used(picture)
+        return bool(self._nodes(picture)) and not self.is_used(picture)
 
     def with_job(self, job: OurJob) -> Run:
         """The same run, with one of its jobs in its place."""

@@ -41,6 +41,20 @@ class Parser(argparse.ArgumentParser):
         """Add a positional that can be given as ``--NAME`` too."""
         self._named.append((name, help, required))
 
+    def add_domain(self) -> None:
+        """Add the QEMU that is meant."""
+        self.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
+
+    def add_disk(self, *, required: bool = True) -> None:
+        """Add the disk that is meant, under virsh's name for it."""
+        text = "the disk: target (vda), device or drive id, node name, image path"
+        self.add_named("path", text, required=required)
+
+    def add_limit(self) -> None:
+        """Add the bandwidth."""
+        text = "limit in MiB/s, or with a suffix (500K, 2G)"
+        self.add_named("bandwidth", text, required=False)
+
     def add_common(self) -> None:
         """Add what every command understands."""
         self.add_argument("--json", action="store_true", help="one JSON object per line on stdout")

@@ -29,9 +29,9 @@ def parser() -> words.Parser:
         " shorter. The active image is committed while the guest writes to it.",
         "qmpmirror blockcommit testvm vda --active --shallow --wait --verbose --pivot",
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
-    made.add_named("path", "the disk: target (vda), device or drive id, node name, image path")
-    made.add_named("bandwidth", "limit in MiB/s, or with a suffix (500K, 2G)", required=False)
+    made.add_domain()
+    made.add_disk()
+    made.add_limit()
     made.add_argument("--base", metavar="IMAGE", help="where to commit to (default: the lowest)")
     made.add_argument("--top", metavar="IMAGE", help="where to begin (default: the active image)")
     for flag, text in _FLAGS.items():

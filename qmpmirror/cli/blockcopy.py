@@ -27,12 +27,11 @@ def parser(
 ) -> words.Parser:
     """The command's parser; `backup` has the same options."""
     made = words.Parser(command, summary, example)
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
-    disk = "the disk: target (vda), device or drive id, node name, image path"
-    made.add_named("path", disk, required=False)
+    made.add_domain()
+    made.add_disk(required=False)
     copy = "the copy: a path, nbd://HOST/EXPORT, or json:{...} of blockdev-add"
     made.add_named("dest", copy, required=False)
-    made.add_named("bandwidth", "limit in MiB/s, or with a suffix (500K, 2G)", required=False)
+    made.add_limit()
     _add_virsh_options(made)
     _add_other_options(made)
     _add_group_options(made)

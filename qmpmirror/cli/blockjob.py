@@ -30,8 +30,8 @@ def parser() -> words.Parser:
         "See, steer and end the block job of a disk, whoever has started it.",
         "qmpmirror blockjob testvm vda --pivot",
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
-    made.add_named("path", "the disk: target (vda), device or drive id, node name, image path")
+    made.add_domain()
+    made.add_disk()
     made.add_named("bandwidth", "the limit in MiB/s, or with a suffix; 0: none", required=False)
     modes = made.add_mutually_exclusive_group()
     for flag, text in _MODES.items():

@@ -20,9 +20,9 @@ def parser() -> words.Parser:
         " Without --base the disk needs no backing file any more.",
         "qmpmirror blockpull testvm vda --base /images/base.qcow2 --wait --verbose",
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
-    made.add_named("path", "the disk: target (vda), device or drive id, node name, image path")
-    made.add_named("bandwidth", "limit in MiB/s, or with a suffix (500K, 2G)", required=False)
+    made.add_domain()
+    made.add_disk()
+    made.add_limit()
     made.add_argument("--base", metavar="IMAGE", help="the image that stays below")
     made.add_argument(
         "--keep-relative",

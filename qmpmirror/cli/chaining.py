@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import attrs
@@ -12,6 +11,7 @@ from qmpmirror import errors
 from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.run import Interrupted, open_machine
 from qmpmirror.cli.session import JobSession
+from qmpmirror.cli.telling import progress_told
 from qmpmirror.cli.wording import ACTIVE_COMMIT, COMMIT, PULL, Words
 from qmpmirror.life import Ending, Phase
 from qmpmirror.operations.onephase import OnePhaseJob
@@ -44,7 +44,7 @@ async def commit(arguments: argparse.Namespace, output: Output, interrupts: Inte
             starting = vm.blockcommit(arguments.path, **options)
             handle = await interrupts.guard(starting, takes_back=True)
         except Interrupted:
-            return _aborted(COMMIT, output)
+            return COMMIT.aborted(output)
         output.event("started", job=handle.id, disk=handle.disk.name, base=handle.destination)
         if isinstance(handle, OnePhaseJob):
             return await _follow(handle, arguments, output, interrupts, COMMIT)
@@ -57,7 +57,6 @@ async def commit(arguments: argparse.Namespace, output: Output, interrupts: Inte
             verbose=arguments.verbose,
         ) as session:
             await session.follow(
-                ending,
                 wait=arguments.wait,
                 seconds=arguments.timeout,
                 see_end_through=not arguments.async_,
@@ -77,7 +76,7 @@ async def pull(arguments: argparse.Namespace, output: Output, interrupts: Interr
             )
             handle = await interrupts.guard(starting, takes_back=True)
         except Interrupted:
-            return _aborted(PULL, output)
+            return PULL.aborted(output)
         output.event("started", job=handle.id, disk=handle.disk.name)
         return await _follow(handle, arguments, output, interrupts, PULL)
 
@@ -104,7 +103,7 @@ async def _follow(
         if result is None:
             if arguments.async_:
                 await handle.request_abort()
-                return _aborted(words, output, code)
+                return words.aborted(output, code)
             result = await handle.abort()
     except errors.JobFailed as error:
         return _failed(error, words, output)
@@ -115,20 +114,9 @@ async def _follow(
 
 
 async def _end(handle: OnePhaseJob, arguments: argparse.Namespace, output: Output) -> Result | None:
-    async def tell() -> None:
-        async for progress in handle.progress(until_mirroring=False):
-            if arguments.verbose:
-                output.progress(progress)
-            output.event("progress", **progress.fields())
-
-    telling = asyncio.create_task(tell()) if arguments.verbose or output.as_json else None
-    try:
+    reports = handle.progress(until_mirroring=False)
+    async with progress_told(reports, output, verbose=arguments.verbose):
         return await handle.end(seconds=arguments.timeout)
-    finally:
-        if telling is not None:
-            telling.cancel()
-            # Its error, if any, is that of end() too.
-            await asyncio.gather(telling, return_exceptions=True)
 
 
 def _ended(result: Result, code: Exit, words: Words, output: Output) -> int:
@@ -158,9 +146,3 @@ def _failed(error: errors.JobFailed, words: Words, output: Output) -> int:
         active=error.authoritative,
     )
     return Exit.FAILED
-
-
-def _aborted(words: Words, output: Output, code: Exit = Exit.FAILED) -> int:
-    output.say(f"{words.noun} aborted")
-    output.event("result", outcome="aborted", exit=int(code))
-    return code

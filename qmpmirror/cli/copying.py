@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.run import Interrupted, open_machine
 from qmpmirror.cli.session import JobSession
+from qmpmirror.cli.wording import COPY
 from qmpmirror.life import Ending
 
 if TYPE_CHECKING:
@@ -34,15 +35,12 @@ async def copy_disk(
         try:
             copy = await interrupts.guard(vm.start(plan), takes_back=True)
         except Interrupted:
-            output.say("Copy aborted")
-            output.event("result", outcome="aborted", exit=int(Exit.FAILED))
-            return Exit.FAILED
+            return COPY.aborted(output)
         output.event("started", **_start_fields(plan))
         async with JobSession(
             copy, output, interrupts, wanted=ending, verbose=arguments.verbose
         ) as session:
             await session.follow(
-                ending,
                 wait=arguments.wait,
                 seconds=arguments.timeout,
                 see_end_through=not arguments.async_,

@@ -27,7 +27,7 @@ def parser() -> Parser:
         " nothing. Passwords in addresses are left out.",
         "qmpmirror doctor testvm",
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
+    made.add_domain()
     made.add_common()
     return made
 

@@ -24,7 +24,7 @@ def parser() -> Parser:
         " image is written, physical what the image takes up.",
         "qmpmirror domblkinfo testvm vda --human",
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
+    made.add_domain()
     made.add_named("device", "the disk: target (vda), device id, node name, path", required=False)
     made.add_argument("--all", action="store_true", help="all disks, as a table")
     made.add_argument("--human", action="store_true", help="sizes with units")

@@ -20,7 +20,7 @@ def parser() -> Parser:
     made = Parser(
         "domblklist", "List the disks of a running QEMU.", "qmpmirror domblklist testvm --details"
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
+    made.add_domain()
     made.add_argument("--details", action="store_true", help="add the columns Type and Device")
     made.add_argument(
         "--chain", action="store_true", help="draw the backing chains, running copies included"

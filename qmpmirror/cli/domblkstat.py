@@ -33,7 +33,7 @@ def parser() -> Parser:
         "Show what the guest has read and written, of one disk or of all together.",
         "qmpmirror domblkstat testvm vda --human",
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
+    made.add_domain()
     made.add_named("device", "the disk: target (vda), device id, node name, path", required=False)
     made.add_argument("--human", action="store_true", help="with words")
     made.add_common()

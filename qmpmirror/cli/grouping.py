@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from qmpmirror import errors
+from qmpmirror import disks, errors
 from qmpmirror.agent import frozen
 from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.run import Interrupted, open_machine
+from qmpmirror.cli.telling import progress_told
+from qmpmirror.cli.wording import COPY
 from qmpmirror.life import Ending, Phase
 from qmpmirror.operations.group import Member
 from qmpmirror.operations.handle import Progress
@@ -43,7 +44,7 @@ async def copy_disks(
         try:
             group = await interrupts.guard(starting, takes_back=True)
         except Interrupted:
-            return _aborted(output, Exit.FAILED)
+            return COPY.aborted(output)
         for note in group.notes:
             output.note(f"note: {note}")
         if arguments.quiesce:
@@ -73,7 +74,7 @@ async def _follow(
         raise errors.ConnectionLost(error.description, hint=advice) from error
     if group.result is None:
         await group.abort()
-    return _aborted(output, code)
+    return COPY.aborted(output, code)
 
 
 @asynccontextmanager
@@ -92,7 +93,7 @@ async def _members(vm: Machine, arguments: argparse.Namespace, options: Options)
     members = [
         _in_folder(disk.name, disk.image.driver, arguments.dest_dir, options)
         for disk in await vm.disks()
-        if disk.image is not None and disk.qom_path and not disk.removable
+        if disk.image is not None and disks.is_fixed(disk)
     ]
     if not members:
         raise errors.Refused("there is no disk to copy")
@@ -130,24 +131,17 @@ def _parsed(spec: str, options: Options) -> Member:
 
 
 async def _watch(group: CopyGroup, output: Output, arguments: argparse.Namespace) -> bool:
-    async def tell() -> None:
-        async for each in group.progress():
-            whole = _together(each)
-            if arguments.verbose:
-                output.progress(whole)
-            output.event("progress", **whole.fields())
-
-    telling = asyncio.create_task(tell()) if arguments.verbose or output.as_json else None
-    try:
+    reports = _reports(group)
+    async with progress_told(reports, output, verbose=arguments.verbose) as telling:
         reached = await group.ready(seconds=arguments.timeout)
         if telling is not None and reached:
             await telling
-    finally:
-        if telling is not None:
-            telling.cancel()
-            # Its error, if any, is that of ready() too.
-            await asyncio.gather(telling, return_exceptions=True)
     return reached
+
+
+async def _reports(group: CopyGroup) -> AsyncIterator[Progress]:
+    async for each in group.progress():
+        yield _together(each)
 
 
 def _together(each: Sequence[Progress]) -> Progress:
@@ -209,9 +203,3 @@ def _failed(error: errors.JobFailed, output: Output) -> int:
         left=list(error.left),
     )
     return Exit.FAILED
-
-
-def _aborted(output: Output, code: Exit) -> int:
-    output.say("Copy aborted")
-    output.event("result", outcome="aborted", exit=int(code))
-    return code

@@ -24,10 +24,10 @@ def parser() -> words.Parser:
         " while the guest runs. Needs qemu-img, and room for a copy of the top image beside DEST.",
         "qmpmirror image-create testvm vda /export/golden.qcow2 --compress",
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
-    made.add_named("path", "the disk: target (vda), device or drive id, node name, image path")
+    made.add_domain()
+    made.add_disk()
     made.add_named("dest", "the path of the new image")
-    made.add_named("bandwidth", "limit in MiB/s, or with a suffix (500K, 2G)", required=False)
+    made.add_limit()
     made.add_argument("--bytes", action="store_true", help="a bare --bandwidth is in bytes/s")
     made.add_argument("--format", default="qcow2", help="of the new image (default: qcow2)")
     made.add_argument("--compress", action="store_true", help="compress its clusters")

@@ -23,7 +23,7 @@ def parser() -> words.Parser:
         " --finish or --undo says otherwise.",
         "qmpmirror recover testvm --finish",
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
+    made.add_domain()
     ways = made.add_mutually_exclusive_group()
     ways.add_argument(
         "--finish",

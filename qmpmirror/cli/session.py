@@ -13,6 +13,7 @@ from qmpmirror import discover, errors
 from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.render import human_size
 from qmpmirror.cli.run import Interrupted
+from qmpmirror.cli.telling import progress_told
 from qmpmirror.cli.wording import COPY, Words
 from qmpmirror.life import Ending, Phase
 
@@ -113,14 +114,11 @@ class JobSession:
             return self._goes_on("interrupted", Exit.FAILED)
         return self._ended(result, ending, code)
 
-    async def follow(
-        self, ending: Ending | None, *, wait: bool, seconds: float | None, see_end_through: bool
-    ) -> None:
-        """See the job through, as far as was asked.
+    async def follow(self, *, wait: bool, seconds: float | None, see_end_through: bool) -> None:
+        """See the job through to the ending that is wanted, as far as was asked.
 
         Args:
-            ending: how it is to end; None to leave it in the mirroring phase.
-            wait: whether to wait for that phase.
+            wait: whether to wait for the mirroring phase.
             seconds: abort it when that phase is not reached in this time.
             see_end_through: whether to wait for the ending itself.
         """
@@ -131,9 +129,9 @@ class JobSession:
             # Ctrl-C, or the timeout: as with virsh, both abort the job.
             code = Exit.FAILED if in_time is None else Exit.DEADLINE
             return await self.end(Ending.ABORT, code=code, wait=see_end_through)
-        if ending is None:
+        if self.wanted is None:
             return await self.leave_running(self.words.mirroring)
-        return await self.end(ending, wait=see_end_through)
+        return await self.end(self.wanted, wait=see_end_through)
 
     async def leave_running(self, message: str) -> None:
         """Say something and leave the job to QEMU, unless it has failed at once."""
@@ -147,22 +145,11 @@ class JobSession:
         )
 
     async def _watch(self, *, seconds: float | None) -> bool:
-        async def tell() -> None:
-            async for progress in self.handle.progress():
-                if self.verbose:
-                    self.output.progress(progress)
-                self.output.event("progress", **progress.fields())
-
-        telling = asyncio.create_task(tell()) if self.verbose or self.output.as_json else None
-        try:
+        reports = self.handle.progress()
+        async with progress_told(reports, self.output, verbose=self.verbose) as telling:
             in_time = await self.handle.ready(seconds=seconds)
             if telling is not None and in_time:
                 await telling
-        finally:
-            if telling is not None:
-                telling.cancel()
-                # Its error, if any, is that of ready() too.
-                await asyncio.gather(telling, return_exceptions=True)
         return in_time
 
     async def _end(self, ending: Ending, *, force: bool) -> Result:

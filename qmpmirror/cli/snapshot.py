@@ -28,7 +28,7 @@ def parser() -> words.Parser:
         " stay as they are from then on.",
         "qmpmirror snapshot-create-as testvm before-upgrade --disk-only --diskspec vdb,snapshot=no",
     )
-    made.add_named("domain", "the QEMU: QMP socket, HOST:PORT, name or pid")
+    made.add_domain()
     made.add_named("name", "of the snapshot (default: the time)", required=False)
     made.add_argument("--disk-only", action="store_true", help="required: no memory is saved here")
     made.add_argument(
@@ -134,7 +134,7 @@ async def _overlays(vm: Machine, name: str, specs: dict[str, dict[str, str]]) ->
     overlays = {}
     for disk in known:
         image = disk.image
-        can = image is not None and not image.read_only and disk.qom_path and not disk.removable
+        can = image is not None and not image.read_only and disks.is_fixed(disk)
         spec = given.get(disk.node, {} if can else {"snapshot": "no"})
         if spec.get("snapshot") != "no":
             overlays[disk.node] = spec.get("file") or default_file(disk.path, name)

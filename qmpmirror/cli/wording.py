@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from qmpmirror.cli.exits import Exit
 from qmpmirror.life import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from qmpmirror.cli.render import Output
     from qmpmirror.operations.conclusion import Result
 
 
@@ -30,6 +32,12 @@ class Words:
     started: str
     mirroring: str
     finished: str
+
+    def aborted(self, output: Output, code: Exit = Exit.FAILED) -> Exit:
+        """Say that it was aborted, when there is nothing else to say; return the exit code."""
+        output.say(f"{self.noun} aborted")
+        output.event("result", outcome="aborted", exit=int(code))
+        return code
 
     def success(self, outcome: Phase) -> str:
         """What is said of an outcome that was asked for."""

@@ -249,7 +249,7 @@ def _name(
         flags.add(Flag.DELETE_FILES)
     if options.then:
         flags.add(Flag.THEN_PIVOT if options.then == "pivot" else Flag.THEN_FINISH)
-    replaced = [name for name in layers.nodes_of(picture, committed) if name != chain[0].name]
+    replaced = [name for name in graph.named_nodes(picture, committed) if name != chain[0].name]
     run = names.new_run()
     return JobName(
         "commit", run, frozenset(flags), chain[0].name, tuple(replaced), chain[base].name

@@ -61,7 +61,7 @@ async def start(
         raise errors.Refused(f"base {base!r} is the active image of {disk.name!r}: pull into what?")
     pulled = chain[1:place]
     flags = {Flag.BITMAPS} if any(map(bitmaps.carried, pulled)) else set()
-    replaced = tuple(layers.nodes_of(picture, pulled))
+    replaced = tuple(graph.named_nodes(picture, pulled))
     stays = chain[place].name if base else ""
     name = JobName("pull", names.new_run(), frozenset(flags), active.name, replaced, stays)
     arguments: dict[str, Any] = {

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import shutil
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from qmpmirror import discover, disks, errors, graph
+from qmpmirror.operations import qemu_img
 
 if TYPE_CHECKING:
     from qmpmirror.graph import Graph
@@ -51,29 +50,17 @@ async def compare(monitor: Monitor, picture: Graph, source: str, base: str) -> N
         DestinationError: they differ.
         Refused: they cannot be compared.
     """
-    tool = shutil.which("qemu-img")
-    if tool is None:
-        raise errors.Refused("the base cannot be checked: there is no qemu-img here")
+    tool = qemu_img.find("the base cannot be checked")
     folder = discover.working_folder(monitor.pid)
     ours = picture.image(picture.nodes[source].child("backing"))
     theirs = picture.image(base)
     paths = [disks.path_of(picture, image.name, folder) for image in (ours, theirs)]
-    process = await asyncio.create_subprocess_exec(
-        *(tool, "compare", "-U", "-f", ours.driver, "-F", theirs.driver, *paths),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        said, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-    words = said.decode(errors="replace").strip()
-    if process.returncode == _DIFFERENT:
+    formats = ["-f", ours.driver, "-F", theirs.driver]
+    code, words = await qemu_img.run(tool, "compare", "-U", *formats, *paths)
+    if code == _DIFFERENT:
         raise errors.DestinationError(
             f"the base {paths[1]} does not hold what {paths[0]} holds: {words}",
             destination=paths[1],
         )
-    if process.returncode:
+    if code:
         raise errors.Refused(f"the base {paths[1]} could not be checked: {words}")

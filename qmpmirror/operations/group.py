@@ -20,7 +20,7 @@ import attrs
 from qmpmirror import errors, names
 from qmpmirror.life import Ending, Phase
 from qmpmirror.names import Mark
-from qmpmirror.operations import blockcopy
+from qmpmirror.operations import blockcopy, marks
 from qmpmirror.operations.convergence import converge
 from qmpmirror.operations.cut import Cut, GroupResult, failed_result, failure_of
 from qmpmirror.operations.options import Options
@@ -188,9 +188,8 @@ class CopyGroup:
                 await copy.prepare(ending)
             except (errors.JobError, errors.CommandFailed) as error:
                 for prepared in self.copies[:number]:
-                    name = names.bitmap_name(prepared.name.run, Mark(ending.value))
-                    mark = {"node": prepared.target_node, "name": name}
-                    await attempt(prepared.monitor, Command("block-dirty-bitmap-remove", mark))
+                    where = prepared.target_node, prepared.name.run
+                    await attempt(prepared.monitor, marks.remove(*where, Mark(ending.value)))
                 await self._raise_if_ended(look=True)
                 return error
         return None

@@ -8,24 +8,20 @@ The copy is temporary: until it is removed, QEMU remembers it by the job that cr
 
 from __future__ import annotations
 
-import asyncio
 import os
-import shutil
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from qmpmirror import destination as places
 from qmpmirror import discover, errors, names
-from qmpmirror.operations import blockcopy
+from qmpmirror.operations import blockcopy, qemu_img
 from qmpmirror.operations import plan as planning
 from qmpmirror.operations.options import Options
 from qmpmirror.operations.together import see_through
 from qmpmirror.steps import cancel_job, remove_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qmpmirror.monitor import Monitor
     from qmpmirror.operations.copy import Copy
     from qmpmirror.schema import Schema
@@ -62,12 +58,9 @@ async def create(
     new_format: str = "qcow2",
     compress: bool = False,
     bandwidth: int = 0,
-    watch: Callable[[Copy], Any] | None = None,
 ) -> Flattened:
     """Copy, finish, flatten; see `Machine.image_create`."""
-    tool = shutil.which("qemu-img")
-    if tool is None:
-        raise errors.Refused("an image cannot be flattened: there is no qemu-img here")
+    tool = qemu_img.find("an image cannot be flattened")
     if not discover.sees_our_files(monitor.pid):
         raise errors.Refused(
             "the QEMU sees other files than this process: nothing can be flattened"
@@ -87,7 +80,8 @@ async def create(
     kept = [step.command.arguments["id"] for step in plan.last]
     copy = await blockcopy.start(monitor, schema, attrs.evolve(plan, last=()))
     try:
-        await _finish(copy, watch)
+        await copy.ready()
+        await copy.finish()
         await _flatten(tool, temporary, where.text, new_format, compress=compress)
     except BaseException:
         await see_through(_give_up(copy))
@@ -100,13 +94,6 @@ async def create(
 
 def _allocated(path: str) -> int:
     return os.stat(path).st_blocks * _BLOCK
-
-
-async def _finish(copy: Copy, watch: Callable[[Copy], Any] | None) -> None:
-    if watch is not None:
-        await watch(copy)
-    await copy.ready()
-    await copy.finish()
 
 
 async def _give_up(copy: Copy) -> None:
@@ -125,19 +112,6 @@ async def _forget(monitor: Monitor, temporary: str, jobs: list[str]) -> None:
 async def _flatten(tool: str, source: str, image: str, new_format: str, *, compress: bool) -> None:
     # -U: QEMU may have the backing files open for writing, and does not write to them.
     words = ["convert", "-U", "-f", "qcow2", "-O", new_format, *(["-c"] if compress else [])]
-    process = await asyncio.create_subprocess_exec(
-        *(tool, *words, source, image),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        _, said = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise errors.DestinationError(
-            f"{image}: {' '.join(said.decode(errors='replace').split())}", destination=image
-        )
+    code, said = await qemu_img.run(tool, *words, source, image)
+    if code:
+        raise errors.DestinationError(f"{image}: {' '.join(said.split())}", destination=image)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from qmpmirror import destination as places
 from qmpmirror import discover, disks, errors
 from qmpmirror.target import backing_string
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from qmpmirror.destination import Destination
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph, Node
     from qmpmirror.monitor import Monitor
@@ -55,6 +57,15 @@ def find(picture: Graph, chain: Sequence[Node], text: str, disk: Disk, folder: s
     )
 
 
+def look(
+    picture: Graph, disk: Disk, where: Destination, folder: str | None, *, blockdev: bool = False
+) -> Destination:
+    """Look at a local destination, which must not be in the disk's own chain; as `places.look`."""
+    paths = [picture.path(image.name) for image in picture.chain(disk.node)]
+    used = [os.path.join(folder or "", path) for path in paths if path]
+    return places.look(where, used, blockdev=blockdev)
+
+
 def check_not_shared(picture: Graph, chain: Sequence[Node], top: int, base: int) -> None:
     """Refuse a commit that would change what others see: QEMU itself lets it happen.
 
@@ -91,12 +102,6 @@ def header_name(
     if not (os.path.isabs(name) and os.path.isabs(upper)):
         raise errors.Refused(f"can't keep relative backing relationship: {name} is no file")
     return os.path.relpath(name, os.path.dirname(upper))
-
-
-def nodes_of(picture: Graph, images: Iterable[Node]) -> list[str]:
-    """The nodes of images, top down; those that QEMU has named itself go with others."""
-    found = [name for image in images for name in picture.image_nodes(image.name)]
-    return [name for name in found if picture.nodes[name].named_by_user]
 
 
 def files_of(monitor: Monitor, picture: Graph, images: Iterable[Node]) -> list[str]:

@@ -9,6 +9,7 @@ import attrs
 
 from qmpmirror import discover, graph, names
 from qmpmirror.names import Flag, Mark
+from qmpmirror.operations import marks
 from qmpmirror.operations.conclusion import delete_nodes, left_of
 from qmpmirror.operations.findings import Finding, State, Way
 from qmpmirror.steps import Command, attempt, cancel_job, remove_file
@@ -59,8 +60,7 @@ async def close_replaced(monitor: Monitor, run: Run, *, dry_run: bool) -> Findin
     left = left_of(await graph.read(monitor), refused) if refused else []
     for node in run.replaced:
         if node in refused:  # it is in use again
-            bitmap = {"node": node, "name": names.bitmap_name(run.id, Mark.REPLACED)}
-            await attempt(monitor, Command("block-dirty-bitmap-remove", bitmap))
+            await attempt(monitor, marks.remove(node, run.id, Mark.REPLACED))
     return attrs.evolve(finding, action="put away", left=tuple(left))
 
 
@@ -92,8 +92,7 @@ async def tidy(monitor: Monitor, run: Run) -> None:
         await attempt(monitor, Command("cont"))
     stale = run.marks if run.job is None else run.marks & {Mark.STOPPED}
     for mark in stale:
-        bitmap = {"node": run.marked, "name": names.bitmap_name(run.id, mark)}
-        await attempt(monitor, Command("block-dirty-bitmap-remove", bitmap))
+        await attempt(monitor, marks.remove(run.marked, run.id, mark))
     if "probe" in run.roles:
         # It only looked whether a file is there.
         probe = {"node-name": names.node_name(run.id, "probe")}

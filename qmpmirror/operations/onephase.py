@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from qmpmirror import discover, disks, errors, graph, names, sizes
+from qmpmirror import discover, disks, errors, graph, sizes
 from qmpmirror.job import STALL_SECONDS
 from qmpmirror.life import CANCELLED, Phase
 from qmpmirror.names import Flag, Mark
-from qmpmirror.operations import bitmaps
+from qmpmirror.operations import bitmaps, marks
 from qmpmirror.operations.conclusion import Result, delete_nodes, left_of
 from qmpmirror.operations.handle import BlockJob
 from qmpmirror.steps import Command, attempt, remove_file
@@ -116,11 +116,14 @@ class OnePhaseJob(BlockJob):
         aborted = self.job.life.cancelled or error == CANCELLED
         failed = bool(error) and not aborted
         done = not (aborted or failed)
-        refused = await put_away(self.monitor, self.name) if done else {}
-        await self.job.dismiss()
+        refused: dict[str, str] = {}
+        if done:
+            refused = await put_away(self.monitor, self.name)
+        else:
+            await self.job.dismiss()
         picture = await graph.read(self.monitor)
         left = left_of(picture, refused)
-        where = await self._active()
+        where = await self._active(picture)
         self.job.life.phase = Phase.FAILED if failed else Phase.FINISHED if done else Phase.ABORTED
         if failed:
             raise errors.JobFailed(
@@ -143,9 +146,8 @@ class OnePhaseJob(BlockJob):
             destination_size=sizes.of_image(picture, self.name.target_node),
         )
 
-    async def _active(self) -> str:
+    async def _active(self, picture: Graph) -> str:
         folder = discover.working_folder(self.monitor.pid)
-        picture = await graph.read(self.monitor)
         for disk in await disks.read(self.monitor, picture, folder):
             if disk.is_under(self.disk):
                 return disk.path
@@ -162,8 +164,7 @@ async def put_away(monitor: Monitor, name: JobName) -> dict[str, str]:
         What QEMU said of nodes that it did not close.
     """
     for node in name.replaced:
-        mark = {"node": node, "name": names.bitmap_name(name.run, Mark.REPLACED)}
-        await attempt(monitor, Command("block-dirty-bitmap-add", mark))
+        await attempt(monitor, marks.add(node, name.run, Mark.REPLACED))
     await attempt(monitor, Command("job-dismiss", {"id": str(name)}))
     return await delete_nodes(monitor, name.replaced)
 

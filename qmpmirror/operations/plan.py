@@ -15,9 +15,8 @@ from qmpmirror import commandline, discover, disks, errors, graph, names, target
 from qmpmirror import destination as places
 from qmpmirror.life import Ending
 from qmpmirror.names import Flag, JobName, Mark
-from qmpmirror.operations import cautions, drive_mirror, notes
+from qmpmirror.operations import cautions, drive_mirror, layers, marks, notes
 from qmpmirror.operations.check_base import CheckBase
-from qmpmirror.operations.layers import active_image
 from qmpmirror.operations.options import DRIVE_MIRROR, Options
 from qmpmirror.operations.safe_start import misses_writes_at_start, stop_marks
 from qmpmirror.steps import Command, Execute, Step
@@ -83,13 +82,10 @@ class Plan:
         if ending is None:
             return []
         job = str(self.job)
-        mark = {
-            "node": self.target_node,
-            "name": names.bitmap_name(self.job.run, Mark(ending.value)),
-        }
+        mark = self.target_node, self.job.run, Mark(ending.value)
         if ending is Ending.PIVOT:
             end = Command("job-complete", {"id": job})
-            after = [Command("block-dirty-bitmap-remove", mark)]
+            after = [marks.remove(*mark)]
             gone = self.replaced
         else:
             end = Command("block-job-cancel", {"device": job, "force": False})
@@ -99,7 +95,7 @@ class Plan:
             gone = () if by_path else (self.target_node, storage)
         delete = [Command("blockdev-del", {"node-name": name}) for name in gone]
         dismiss = Command("job-dismiss", {"id": job})
-        return [Command("block-dirty-bitmap-add", mark), end, *after, *delete, dismiss]
+        return [marks.add(*mark), end, *after, *delete, dismiss]
 
 
 async def plan(
@@ -137,7 +133,7 @@ async def plan(
         given=commandline.given(monitor.pid, disk.path),
         options=options,
         disk=disk,
-        source=active_image(picture, disk, disk_name),
+        source=layers.active_image(picture, disk, disk_name),
         run=member or names.new_run(),
         grouped=bool(member),
     )
@@ -211,9 +207,9 @@ class _Planner:
     def _look(self, where: Destination) -> Destination:
         if not where.is_local or not self.sees_our_files:
             return where
-        paths = [self.picture.path(image.name) for image in self.picture.chain(self.disk.node)]
-        used = [os.path.join(self.folder or "", path) for path in paths if path]
-        return places.look(where, used, blockdev=self.options.blockdev)
+        return layers.look(
+            self.picture, self.disk, where, self.folder, blockdev=self.options.blockdev
+        )
 
     def _wish(self, where: Destination) -> Wish:
         """What the target shall be; a format that nobody gave is the source's, or is probed."""
@@ -267,7 +263,12 @@ class _Planner:
         if wish.format == "luks" and not wish.secret:
             raise errors.Refused("format luks needs a passphrase", hint="give --secret FILE")
         if where.is_local and self.sees_our_files:
-            self._check_presence(where, wish)
+            places.check_presence(
+                where,
+                reuse=wish.reuse,
+                overwrite=self.options.overwrite,
+                hint="give a new path; --reuse-external opens it as it is, --overwrite formats it",
+            )
         if self.by_path:
             drive_mirror.check(
                 self.picture,
@@ -276,21 +277,6 @@ class _Planner:
                 wish,
                 synchronous=self.options.synchronous_writes,
                 shallow=bool(self.backing),
-            )
-
-    def _check_presence(self, where: Destination, wish: Wish) -> None:
-        if wish.reuse and not where.exists:
-            raise errors.DestinationError(
-                f"{where.text} does not exist, so it cannot be reused",
-                destination=where.text,
-            )
-        if not where.exists or wish.reuse or self.options.overwrite:
-            return
-        if not places.is_empty(where):
-            raise errors.DestinationExists(
-                f"{where.text} exists already and is not empty",
-                destination=where.text,
-                hint="give a new path; --reuse-external opens it as it is, --overwrite formats it",
             )
 
     def _target(self, run: str, where: Destination, wish: Wish) -> Target:

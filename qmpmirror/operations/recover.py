@@ -98,9 +98,10 @@ async def _put_away_pulls(monitor: Monitor, *, dry_run: bool) -> list[Finding]:
             continue
         finding = Finding(name.run, "pull", State.ENDED, "", "", "", "would be put away")
         if not dry_run:
-            if not status.error:
+            if status.error:
+                await attempt(monitor, Command("job-dismiss", {"id": status.id}))
+            else:
                 await put_away(monitor, name)
-            await attempt(monitor, Command("job-dismiss", {"id": status.id}))
             why = f": it had failed: {status.error}" if status.error else ""
             finding = attrs.evolve(finding, action=f"put away{why}")
         findings.append(finding)

@@ -7,8 +7,8 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from qmpmirror import names
 from qmpmirror.names import Flag, Mark
+from qmpmirror.operations import marks
 from qmpmirror.steps import Command, Execute
 from qmpmirror.undo import Undo
 
@@ -39,12 +39,8 @@ def stop_marks(name: JobName) -> list[Execute]:
     """The bitmap that tells a later process that it was this run that stopped the vCPUs."""
     if Flag.DRIVE_MIRROR in name.flags:
         return []  # its target node is not there yet
-    mark = {
-        "node": name.target_node,
-        "name": names.bitmap_name(name.run, Mark.STOPPED),
-    }
-    add, remove = "block-dirty-bitmap-add", "block-dirty-bitmap-remove"
-    return [Execute(Command(add, mark), Command(remove, mark))]
+    where = name.target_node, name.run, Mark.STOPPED
+    return [Execute(marks.add(*where), marks.remove(*where))]
 
 
 @asynccontextmanager

@@ -161,10 +161,12 @@ def _planned(  # noqa: PLR0917 - all that was read
     sees_our_files = discover.sees_our_files(monitor.pid)
     where = places.parse(path)
     if where.is_local and sees_our_files:
-        paths = [picture.path(layer.name) for layer in picture.chain(disk.node)]
-        used = [os.path.join(folder or "", path) for path in paths if path]
-        where = places.look(where, used, blockdev=False)
-        _check_presence(where, reuse=reuse)
+        where = layers.look(picture, disk, where, folder)
+        places.check_presence(
+            where,
+            reuse=reuse,
+            hint="give a new path, or --reuse-external for an overlay that you have made",
+        )
     run = names.new_run()
     layout = target.Layout.of(image, _FORMAT).on(picture, image.name, folder)
     made = target.Planner(
@@ -184,19 +186,6 @@ def _planned(  # noqa: PLR0917 - all that was read
     return _Plan(
         disk, where.text, node, made, [*actions, {"type": "blockdev-snapshot", "data": switch}]
     )
-
-
-def _check_presence(where: places.Destination, *, reuse: bool) -> None:
-    if reuse and not where.exists:
-        raise errors.DestinationError(
-            f"{where.text} does not exist, so it cannot be reused", destination=where.text
-        )
-    if where.exists and not reuse and not places.is_empty(where):
-        raise errors.DestinationExists(
-            f"{where.text} exists already and is not empty",
-            destination=where.text,
-            hint="give a new path, or --reuse-external for an overlay that you have made",
-        )
 
 
 def _check_distinct(plans: Sequence[_Plan], plan: _Plan, name: str) -> None:

@@ -16,7 +16,7 @@ from qmpmirror import errors, graph, names
 from qmpmirror.job import PAUSED, STALL_SECONDS
 from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
 from qmpmirror.names import Flag, JobName, Mark
-from qmpmirror.operations import cautions
+from qmpmirror.operations import cautions, marks
 from qmpmirror.operations.conclusion import Result, conclude
 from qmpmirror.operations.handle import BlockJob
 from qmpmirror.steps import Command, attempt
@@ -353,14 +353,13 @@ class TwoPhaseJob(BlockJob):
 
     async def _mark(self, mark: Mark, *, again: bool) -> None:
         """Write down in QEMU what is being asked for, before it is asked for."""
-        bitmap = {"node": self.target_node, "name": names.bitmap_name(self.name.run, mark)}
-        refusal = await attempt(self.monitor, Command("block-dirty-bitmap-add", bitmap))
+        add = marks.add(self.target_node, self.name.run, mark)
+        refusal = await attempt(self.monitor, add)
         if "already exists" in refusal and not again:
             raise self._already()
 
     async def _unmark(self, mark: Mark) -> None:
-        bitmap = {"node": self.target_node, "name": names.bitmap_name(self.name.run, mark)}
-        await attempt(self.monitor, Command("block-dirty-bitmap-remove", bitmap))
+        await attempt(self.monitor, marks.remove(self.target_node, self.name.run, mark))
 
     def _already(self) -> errors.EndingAlreadyAsked:
         how = self.result.outcome.value if self.result is not None else "being ended"
