@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from qmpmirror.operations.group import CopyGroup, Cut, GroupResult, Member
     from qmpmirror.operations.handle import BlockJob, Progress
     from qmpmirror.operations.image_create import Flattened
+    from qmpmirror.operations.move import Move
     from qmpmirror.operations.options import Options
     from qmpmirror.operations.plan import Plan
     from qmpmirror.operations.snapshot import Snapshot, SnapshotResult
@@ -78,6 +79,7 @@ _HOMES = {
     "JobInfo": "job",
     "Machine": "machine",
     "Member": "operations.group",
+    "Move": "operations.move",
     "Node": "graph",
     "Options": "operations.options",
     "Phase": "life",
@@ -127,6 +129,7 @@ __all__ = [
     "Machine",
     "Member",
     "MonitorBusy",
+    "Move",
     "NoSuchMonitor",
     "Node",
     "NotListening",

@@ -85,6 +85,7 @@ class Node:
         bitmaps: its dirty bitmaps.
         backing_filename: what its header says of a backing file, made absolute by QEMU.
         backing_format: and of that one's format.
+        encrypted: whether its content is.
         children: child nodes as (role, node name), such as ``("backing", "snap1")``.
     """
 
@@ -102,6 +103,7 @@ class Node:
     bitmaps: tuple[Bitmap, ...]
     backing_filename: str = ""
     backing_format: str = ""
+    encrypted: bool = False
     children: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -345,6 +347,7 @@ def _node(info: Mapping[str, Any]) -> Node:
         bitmaps=tuple(_bitmaps(info.get("dirty-bitmaps", ()))),
         backing_filename=image.get("full-backing-filename", image.get("backing-filename", "")),
         backing_format=image.get("backing-filename-format", ""),
+        encrypted=image.get("encrypted", False),
     )
 
 

@@ -20,6 +20,7 @@ from qmpmirror.operations import (
     blockpull,
     group,
     image_create,
+    move_storage,
     recover,
     snapshot,
 )
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from qmpmirror.operations.group import CopyGroup, Member
     from qmpmirror.operations.handle import BlockJob
     from qmpmirror.operations.image_create import Flattened
+    from qmpmirror.operations.move import Move
     from qmpmirror.operations.options import Keywords
     from qmpmirror.operations.plan import Plan
     from qmpmirror.operations.snapshot import SnapshotResult
@@ -287,6 +289,28 @@ class Machine:
             new_format=format,
             compress=compress,
             bandwidth=bandwidth,
+        )
+
+    async def move_storage(
+        self, disk: str, folder: str | os.PathLike[str], *, bandwidth: int = 0
+    ) -> Move:
+        """Start to move a disk with its whole chain into another folder; return once the job runs.
+
+        The active image is mirrored; its backing files are copied as files by ``cp`` meanwhile, in
+        `Move.ready`. An image that is in the folder already is used if it holds the same and stands
+        on the same. `Move.pivot` ends it; the old images stay. When an interrupted move of this
+        disk to this folder is still there, that one is returned. Cancelling this, or any error,
+        takes everything back.
+
+        Args:
+            disk: as for `disk`.
+            folder: where all images go, under the names that they have.
+            bandwidth: limit of the mirror in bytes/s, 0 for none.
+
+        Raises: as `blockcopy`.
+        """
+        return await move_storage.start(
+            self.monitor, await self.schema(), disk, os.fspath(folder), bandwidth=bandwidth
         )
 
     async def plan_blockcopy(

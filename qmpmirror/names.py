@@ -14,8 +14,8 @@ bitmap    ``qmpmirror-RUN-MARK``                       1023 characters (qcow2)
 
 FLAGS are letters (`Flag`). SOURCE is the name of the disk's image node, then those of the other
 nodes that the job makes superfluous, with ``_.`` between, and after ``_-`` the name of the base of
-a commit or pull; or the path of a file that is being created. A character that QEMU does not allow
-in a job id is written as ``_`` and two hexadecimal digits.
+a commit, pull or move; or the path of a file that is being created. A character that QEMU does not
+allow in a job id is written as ``_`` and two hexadecimal digits.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Flag(enum.Enum):
     DELETE_FILES = "r"
     BITMAPS = "m"
     TEMPORARY = "t"
+    MOVE = "v"
 
 
 class Mark(enum.Enum):
@@ -84,7 +85,8 @@ class JobName:
             ``create`` the path of the file.
         replaced: the other nodes that the job makes superfluous, top down: once the first is
             deleted, the graph does not tell any more which they are.
-        base: the node that a commit writes to, or a pull stops above.
+        base: the node that a commit writes to, or a pull stops above; below a disk that is moved,
+            the first image that was at its new place already.
     """
 
     verb: str

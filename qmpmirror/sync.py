@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         copy,
         group,
         handle,
+        move,
         onephase,
         twophase,
     )
@@ -113,6 +114,8 @@ if TYPE_CHECKING:
         method: _Method[P, blockcommit.ActiveCommit | blockcommit.InnerCommit],
     ) -> _Call[P, ActiveCommit | InnerCommit]: ...
     @overload
+    def _of(method: _Method[P, move.Move]) -> _Call[P, Move]: ...
+    @overload
     def _of(method: _Method[P, group.CopyGroup]) -> _Call[P, CopyGroup]: ...
     @overload
     def _of(method: _Method[P, handle.BlockJob | None]) -> _Call[P, BlockJob | None]: ...
@@ -148,6 +151,9 @@ if TYPE_CHECKING:
         """A blocking `qmpmirror.Copy`."""
 
         make_synchronous = _of(copy.Copy.make_synchronous)
+
+    class Move(Copy):
+        """A blocking `qmpmirror.Move`."""
 
     class ActiveCommit(TwoPhaseJob):
         """A blocking `qmpmirror.ActiveCommit`."""
@@ -194,6 +200,7 @@ if TYPE_CHECKING:
         blockpull = _of_pull(machine.Machine.blockpull)
         snapshot = _of(machine.Machine.snapshot)
         image_create = _of(machine.Machine.image_create)
+        move_storage = _of(machine.Machine.move_storage)
 
 
 def _opens(connect: abc.Callable[P, abc.Awaitable[machine.Machine]]) -> abc.Callable[P, Machine]:

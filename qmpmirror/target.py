@@ -44,6 +44,7 @@ class Wish:
         is_zero: the user says that it reads as zeroes.
         server_seconds: how long to wait for a server that is not up yet.
         aio: how QEMU reads and writes a local file or device; empty for its default.
+        late_chain: a new image's backing file is not there yet: it is opened at the pivot.
     """
 
     format: str
@@ -56,6 +57,7 @@ class Wish:
     is_zero: bool = False
     server_seconds: float = 0.0
     aio: str = ""
+    late_chain: bool = False
 
 
 @attrs.frozen
@@ -337,7 +339,7 @@ class Planner:
         """
         if self.wish.format not in _BACKABLE or "backing" in self.destination.options:
             return {}
-        if not self.layout.backing_node or self.overlay:
+        if not self.layout.backing_node or self.overlay or self.wish.late_chain:
             return {"backing": None}
         if not self.wish.reuse:
             return {"backing": self.layout.backing_node}
@@ -367,7 +369,7 @@ class Planner:
         flags = set()
         if self.ours:
             flags.add(Flag.CREATED)
-        if self.wish.reuse and self.layout.backing_node:
+        if (self.wish.reuse or self.wish.late_chain) and self.layout.backing_node:
             flags.add(Flag.OWN_CHAIN if self.wish.synchronous else Flag.LATE_CHAIN)
         if self.wish.secret or self.wish.tls_creds:
             flags.add(Flag.OBJECTS)

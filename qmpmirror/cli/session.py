@@ -175,6 +175,8 @@ class JobSession:
             )
             self.code = Exit.FAILED
         self._tell_images(result)
+        for note in result.notes:
+            self.output.note(f"note: {note}")
         self._tell_left(result.left)
         self.output.event("result", exit=int(self.code), **self._result_fields(result))
 

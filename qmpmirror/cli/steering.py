@@ -13,9 +13,10 @@ from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.render import human_size
 from qmpmirror.cli.run import open_machine
 from qmpmirror.cli.session import JobSession
-from qmpmirror.cli.wording import ACTIVE_COMMIT, COPY
+from qmpmirror.cli.wording import ACTIVE_COMMIT, COPY, MOVE
 from qmpmirror.life import Ending
 from qmpmirror.operations.copy import Copy
+from qmpmirror.operations.move import Move
 from qmpmirror.operations.onephase import OnePhaseJob
 from qmpmirror.operations.twophase import TwoPhaseJob
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from qmpmirror.cli.render import Output
     from qmpmirror.cli.run import Interrupts
+    from qmpmirror.cli.wording import Words
     from qmpmirror.job import JobInfo
     from qmpmirror.machine import Machine
     from qmpmirror.operations.handle import BlockJob
@@ -95,10 +97,15 @@ async def _end(
         return Exit.DONE
     ending = Ending.PIVOT if arguments.pivot else Ending.ABORT
     ours = _with_two_phases(handle)
-    words = COPY if isinstance(ours, Copy) else ACTIVE_COMMIT
-    async with JobSession(ours, output, interrupts, words=words) as session:
+    async with JobSession(ours, output, interrupts, words=_words(ours)) as session:
         await session.end(ending, force=arguments.force, wait=not arguments.async_)
     return session.code
+
+
+def _words(handle: TwoPhaseJob) -> Words:
+    if isinstance(handle, Move):
+        return MOVE
+    return COPY if isinstance(handle, Copy) else ACTIVE_COMMIT
 
 
 async def _cancel(handle: BlockJob, arguments: argparse.Namespace) -> None:

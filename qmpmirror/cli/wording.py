@@ -26,12 +26,14 @@ class Words:
         started: when it is left running at once.
         mirroring: when it is left running in the mirroring phase; empty for jobs of one phase.
         finished: when it has ended well without a switch.
+        switched: when the guest was switched.
     """
 
     noun: str
     started: str
     mirroring: str
     finished: str
+    switched: str = "Successfully pivoted"
 
     def aborted(self, output: Output, code: Exit = Exit.FAILED) -> Exit:
         """Say that it was aborted, when there is nothing else to say; return the exit code."""
@@ -41,13 +43,14 @@ class Words:
 
     def success(self, outcome: Phase) -> str:
         """What is said of an outcome that was asked for."""
-        return "Successfully pivoted" if outcome is Phase.PIVOTED else self.finished
+        return self.switched if outcome is Phase.PIVOTED else self.finished
 
     def images(self, result: Result) -> Iterator[str]:
         """What must be known of the images when the guest was not switched."""
-        if result.outcome is Phase.ABORTED and self is not COPY:
+        copies = self in {COPY, MOVE}
+        if result.outcome is Phase.ABORTED and not copies:
             yield f"{result.active} is whole; the next time goes on with what was done by now"
-        elif self is not COPY:
+        elif not copies:
             yield from (f"{path} has been removed" for path in result.deleted)
         elif result.removed:
             yield f"{result.destination} was incomplete and has been removed"
@@ -63,6 +66,7 @@ COPY: Final = Words(
     mirroring="Now in mirroring phase",
     finished="Successfully copied",
 )
+MOVE: Final = attrs.evolve(COPY, noun="Move", switched="Successfully moved")
 ACTIVE_COMMIT: Final = Words(
     noun="Commit",
     started="Active Block Commit started",

@@ -15,6 +15,8 @@ from qmpmirror.operations.options import DRIVE_MIRROR
 from qmpmirror.operations.starting import start_job, taken_back_on_error
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qmpmirror.monitor import Monitor
     from qmpmirror.operations.plan import Plan
     from qmpmirror.schema import Schema
@@ -27,8 +29,10 @@ _DRIVER_HINT: Final = (
 )
 
 
-async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
-    """Carry a plan out; return once the job runs.
+async def start(
+    monitor: Monitor, schema: Schema, plan: Plan, *, make: Callable[..., Copy] = Copy
+) -> Copy:
+    """Carry a plan out; return once the job runs, as what ``make`` makes of it.
 
     Cancelling this, or any error, takes back what was done: the block graph is as before, and a
     file that this run created is removed.
@@ -45,7 +49,7 @@ async def start(monitor: Monitor, schema: Schema, plan: Plan) -> Copy:
         explained = _explained(error, plan)
         explained.left = error.left
         raise explained from error
-    return Copy(
+    return make(
         monitor=monitor,
         schema=schema,
         job=job,

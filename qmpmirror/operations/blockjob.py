@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -12,13 +14,14 @@ from qmpmirror import discover, disks, errors, runs
 from qmpmirror.job import Job, JobInfo, block_jobs
 from qmpmirror.life import Life
 from qmpmirror.names import Flag
-from qmpmirror.operations import blockcommit
+from qmpmirror.operations import backing_files, blockcommit
 from qmpmirror.operations.blockpull import Pull
 from qmpmirror.operations.copy import Copy
 from qmpmirror.operations.handle import BlockJob
+from qmpmirror.operations.move import Move
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph
@@ -86,13 +89,19 @@ def _copy(schema: Schema, job: Job, name: JobName, disk: Disk, picture: Graph) -
     folder = discover.working_folder(job.monitor.pid)
     source, target = picture.nodes.get(name.source), picture.nodes.get(name.target_node)
     shares = Flag.SHALLOW in name.flags and not name.flags & {Flag.LATE_CHAIN, Flag.OWN_CHAIN}
-    return Copy(
+    destination = disks.path_of(picture, target.name, folder) if target else ""
+    make: Callable[..., Copy] = Copy
+    if Flag.MOVE in name.flags:
+        new_folder = os.path.dirname(destination)
+        chain = backing_files.plan(picture, source, new_folder, folder) if source else []
+        make = partial(Move, chain=tuple(chain))
+    return make(
         monitor=job.monitor,
         schema=schema,
         job=job,
         disk=disk,
         name=name,
-        destination=disks.path_of(picture, target.name, folder) if target else "",
+        destination=destination,
         format=target.driver if target else "",
         backing=source.child("backing") if source and shares else "",
     )

@@ -58,7 +58,10 @@ async def _open(monitor: Monitor, base: str, target: Node) -> None:
     if where.kind is not Kind.IMAGE:
         image = {"driver": target.backing_format, "file": image}
     try:
-        await monitor.execute("blockdev-add", {**image, "node-name": base, "read-only": True})
+        # What is below it has the same.
+        cache = {"direct": target.cache_direct, "no-flush": target.cache_no_flush}
+        options = {**image, "node-name": base, "read-only": True, "cache": cache}
+        await monitor.execute("blockdev-add", options)
     except errors.CommandFailed as error:
         raise _refused(
             target, f"has a backing file that cannot be opened: {error.reason}"

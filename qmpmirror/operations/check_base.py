@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from qmpmirror import discover, disks, errors, graph
-from qmpmirror.operations import qemu_img
+from qmpmirror.operations import programs
 
 if TYPE_CHECKING:
     from qmpmirror.graph import Graph
@@ -50,13 +50,13 @@ async def compare(monitor: Monitor, picture: Graph, source: str, base: str) -> N
         DestinationError: they differ.
         Refused: they cannot be compared.
     """
-    tool = qemu_img.find("the base cannot be checked")
+    tool = programs.qemu_img("the base cannot be checked")
     folder = discover.working_folder(monitor.pid)
     ours = picture.image(picture.nodes[source].child("backing"))
     theirs = picture.image(base)
     paths = [disks.path_of(picture, image.name, folder) for image in (ours, theirs)]
     formats = ["-f", ours.driver, "-F", theirs.driver]
-    code, words = await qemu_img.run(tool, "compare", "-U", *formats, *paths)
+    code, words = await programs.run(tool, "compare", "-U", *formats, *paths)
     if code == _DIFFERENT:
         raise errors.DestinationError(
             f"the base {paths[1]} does not hold what {paths[0]} holds: {words}",

@@ -74,7 +74,7 @@ async def conclude(job: TwoPhaseJob) -> Result:
     picture = await graph.read(monitor)
     active, where = await _authoritative(job, picture, error)
     outcome = life.conclude(error, active)
-    consistent = _is_consistent(life)
+    consistent = _is_consistent(life, only_by_pivot=job.only_by_pivot)
     words: tuple[str, ...] = ()
     deleted: list[str] = []
     removed = False
@@ -84,6 +84,7 @@ async def conclude(job: TwoPhaseJob) -> Result:
         words = tuple(launch.options(job.disk, where, job.format, opened))
         await _remove_marks(job, picture)
         left = await _let_go_of_source(job, picture)
+        job.tidy_files(pivoted=True)
         deleted = [path for path in job.image_files() if not left and remove_file(path)]
     else:
         left = await _let_go_of(monitor, picture, job.own_nodes)
@@ -131,7 +132,9 @@ async def _authoritative(job: TwoPhaseJob, picture: Graph, error: str) -> tuple[
     return Active.SOURCE, job.disk.path
 
 
-def _is_consistent(life: Life) -> bool:
+def _is_consistent(life: Life, *, only_by_pivot: bool) -> bool:
+    if only_by_pivot:
+        return life.phase is Phase.PIVOTED
     if life.phase is Phase.ABORTED:
         return life.mirrored and life.asked is Ending.ABORT and not life.cancelled
     return life.phase in {Phase.PIVOTED, Phase.FINISHED}
@@ -202,6 +205,7 @@ def _remove_worthless_file(job: TwoPhaseJob, before: Graph, active: Active) -> b
     data = names.node_name(job.name.run, "data")
     if Flag.DATA_FILE in job.name.flags and data in before.nodes:
         remove_file(before.path(data))
+    job.tidy_files(pivoted=False)
     return remove_file(job.destination)
 
 

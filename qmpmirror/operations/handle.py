@@ -60,6 +60,25 @@ class Progress:
         return plain | {"rate": round(self.rate)}
 
 
+@attrs.define
+class Pace:
+    """How fast something goes on, from one look to the next."""
+
+    _rate: float = 0.0
+    _last: tuple[float, int] = attrs.field(factory=lambda: (time.monotonic(), 0))
+
+    def at(self, offset: int, length: int) -> tuple[float, float | None]:
+        """The rate in bytes/s, smoothed, and the seconds that are left at this rate."""
+        now = time.monotonic()
+        elapsed, done = now - self._last[0], offset - self._last[1]
+        if done and elapsed > 0:
+            newest = done / elapsed
+            smoothed = self._rate + _SMOOTHING * (newest - self._rate)
+            self._rate = smoothed if self._rate else newest
+        self._last = (now, offset)
+        return self._rate, (length - offset) / self._rate if self._rate > 0 else None
+
+
 @attrs.define(eq=False, kw_only=True)
 class BlockJob:
     """A block job on a disk.
@@ -111,19 +130,13 @@ class BlockJob:
         Raises:
             ConnectionLost: the connection ended.
         """
-        rate, last = 0.0, (time.monotonic(), 0)
+        pace = Pace()
         while not self.job.life.concluded:
             try:
                 info = await self.info()
             except errors.JobNotFound:
                 return
-            now = time.monotonic()
-            elapsed, done = now - last[0], info.offset - last[1]
-            if done and elapsed > 0:
-                newest = done / elapsed
-                rate = newest if not rate else rate + _SMOOTHING * (newest - rate)
-            last = (now, info.offset)
-            eta = (info.length - info.offset) / rate if rate > 0 else None
+            rate, eta = pace.at(info.offset, info.length)
             phase = self.phase
             yield Progress(phase, info.offset, info.length, rate, eta, info.io_status)
             if until_mirroring and phase is not Phase.COPYING:

@@ -15,7 +15,7 @@ import attrs
 
 from qmpmirror import destination as places
 from qmpmirror import discover, errors, names
-from qmpmirror.operations import blockcopy, qemu_img
+from qmpmirror.operations import blockcopy, programs
 from qmpmirror.operations import plan as planning
 from qmpmirror.operations.options import Options
 from qmpmirror.operations.together import see_through
@@ -60,7 +60,7 @@ async def create(
     bandwidth: int = 0,
 ) -> Flattened:
     """Copy, finish, flatten; see `Machine.image_create`."""
-    tool = qemu_img.find("an image cannot be flattened")
+    tool = programs.qemu_img("an image cannot be flattened")
     if not discover.sees_our_files(monitor.pid):
         raise errors.Refused(
             "the QEMU sees other files than this process: nothing can be flattened"
@@ -112,6 +112,6 @@ async def _forget(monitor: Monitor, temporary: str, jobs: list[str]) -> None:
 async def _flatten(tool: str, source: str, image: str, new_format: str, *, compress: bool) -> None:
     # -U: QEMU may have the backing files open for writing, and does not write to them.
     words = ["convert", "-U", "-f", "qcow2", "-O", new_format, *(["-c"] if compress else [])]
-    code, said = await qemu_img.run(tool, *words, source, image)
+    code, said = await programs.run(tool, *words, source, image)
     if code:
         raise errors.DestinationError(f"{image}: {' '.join(said.split())}", destination=image)

@@ -32,6 +32,19 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen
+class NewPlace:
+    """Where the backing files of a disk that is moved with its chain are going to be.
+
+    Attributes:
+        backing_file: the path of the first one; empty when the disk has none.
+        present: the node of the first image whose counterpart is there already; empty for none.
+    """
+
+    backing_file: str
+    present: str
+
+
+@attrs.frozen
 class Plan:
     """What a copy will do, checked against a live QEMU.
 
@@ -106,6 +119,7 @@ async def plan(
     options: Options,
     *,
     member: str = "",
+    moved: NewPlace | None = None,
 ) -> Plan:
     """Read QEMU and check everything. Changes nothing.
 
@@ -116,6 +130,7 @@ async def plan(
         destination: as `destination.parse` understands it.
         options: how to copy.
         member: the run id of a group's member; its job does not finalize itself.
+        moved: when the chain is moved too, where its other images are going to be.
 
     Raises:
         Refused: and its subclasses: the disk or the destination cannot be used as asked, or this
@@ -136,6 +151,7 @@ async def plan(
         source=layers.active_image(picture, disk, disk_name),
         run=member or names.new_run(),
         grouped=bool(member),
+        moved=moved,
     )
     made = planner.plan(destination, stops_vcpus=stops_vcpus)
     await cautions.check(monitor, picture, disk, made.format, pivots=options.then == "pivot")
@@ -159,6 +175,7 @@ class _Planner:
     source: Node
     run: str
     grouped: bool
+    moved: NewPlace | None
 
     @property
     def by_path(self) -> bool:
@@ -179,7 +196,9 @@ class _Planner:
         whole_chain = not self.backing or own_chain
         replaced = self.picture.replaced_by_pivot(self.source.name, whole_chain=whole_chain)
         others = tuple(name for name in replaced if name != self.source.name)
-        job = JobName("copy", self.run, made.flags | self._flags(), self.source.name, others)
+        flags = made.flags | self._flags()
+        present = self.moved.present if self.moved else ""
+        job = JobName("copy", self.run, flags, self.source.name, others, present)
         return Plan(
             disk=self.disk,
             destination=where,
@@ -234,6 +253,7 @@ class _Planner:
             is_zero=options.dest_is_zero,
             server_seconds=options.server_seconds,
             aio=self.given.aio if where.is_local else "",
+            late_chain=bool(self.moved),
         )
 
     def _probe(self, where: Destination) -> str:
@@ -283,6 +303,8 @@ class _Planner:
         layout = target.Layout.of(self.source, wish.format)
         if self.backing:
             layout = layout.on(self.picture, self.backing, self.folder)
+        if self.backing and self.moved:
+            layout = attrs.evolve(layout, backing_file=self.moved.backing_file)
         made = target.Planner(
             run=run,
             destination=where,
@@ -313,6 +335,8 @@ class _Planner:
             flags.add(Flag.DRIVE_MIRROR)
         if self.grouped:
             flags.add(Flag.GROUP)
+        if self.moved:
+            flags.add(Flag.MOVE)
         if options.check_base:
             flags.add(Flag.CHECK_BASE)
         if options.keep_source:

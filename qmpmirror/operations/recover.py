@@ -66,12 +66,12 @@ async def recover(
     findings = await _put_away_pulls(monitor, dry_run=dry_run)
     if findings and dry_run:
         return findings  # some QEMUs crash when more is asked now
-    picture, found = await runs.read(monitor)
+    picture, found = await _read(monitor, findings, dry_run=dry_run)
     if not dry_run and await release_all(monitor, found):
-        picture, found = await runs.read(monitor)
+        picture, found = await _read(monitor, findings)
     if way is Way.FINISH and not dry_run:
         findings += await _finish_groups(monitor, schema, picture, found)
-        picture, found = await runs.read(monitor)
+        picture, found = await _read(monitor, findings)
     folder = discover.working_folder(monitor.pid)
     known = await disks.read(monitor, picture, folder)
     for run in found:
@@ -87,6 +87,20 @@ async def recover(
             disk = disk_of(run, run.job, known) or _without_disk(run, picture)
             findings.append(await _recover_job(monitor, schema, picture, run, disk, way, dry_run))
     return findings
+
+
+async def _read(
+    monitor: Monitor, findings: list[Finding], *, dry_run: bool = False
+) -> tuple[Graph, list[Run]]:
+    """Look at the graph, when pulls that have ended meanwhile are out of the way."""
+    while True:
+        try:
+            return await runs.read(monitor)
+        except errors.Refused:
+            ended = [] if dry_run else await _put_away_pulls(monitor, dry_run=False)
+            if not ended:
+                raise
+            findings += ended
 
 
 async def _put_away_pulls(monitor: Monitor, *, dry_run: bool) -> list[Finding]:

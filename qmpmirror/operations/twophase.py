@@ -42,6 +42,7 @@ class TwoPhaseJob(BlockJob):
 
     Attributes:
         what: what it is, for messages.
+        only_by_pivot: whether what it has written is of use only when the guest is switched to it.
         name: the job's id, taken apart.
         destination: where the data goes: the copy, or the base of a commit.
         format: that image's format.
@@ -51,6 +52,7 @@ class TwoPhaseJob(BlockJob):
     """
 
     what: ClassVar[str] = "job"
+    only_by_pivot: ClassVar[bool] = False
 
     name: JobName
     destination: str
@@ -72,6 +74,9 @@ class TwoPhaseJob(BlockJob):
     def measure_source(self, picture: Graph) -> ImageSize | None:  # noqa: ARG002 - a hook
         """How large what it copies is, as long as its nodes are there."""
         return None
+
+    def tidy_files(self, *, pivoted: bool) -> None:
+        """Put away files besides ``destination`` that it has made."""
 
     def image_files(self) -> Sequence[str]:
         """The files that are to be removed when it has been successful."""
@@ -203,6 +208,8 @@ class TwoPhaseJob(BlockJob):
         if not self.job.life.concluded:
             try:
                 await self._ask(ending, force=force)
+            except errors.JobFailed:
+                raise
             except (errors.CommandFailed, errors.JobError):
                 # Somebody else may have ended it meanwhile: then what they did is what counts.
                 await self.job.refresh()

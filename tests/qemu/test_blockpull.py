@@ -103,12 +103,12 @@ async def test_what_a_dead_client_leaves_is_recovered(
         if ended:
             await pull.job.wait(lambda life: life.concluded)
     async with connect(chain.vm) as machine:
+        (would,) = await machine.recover(way, dry_run=True)
+        assert would.what == "pull"
         if not ended and way is Way.FINISH:
             handle = await machine.blockjob("vd0")
             assert handle is not None
             await handle.set_bandwidth(0)
-        (would,) = await machine.recover(way, dry_run=True)
-        assert would.what == "pull"
         (found,) = await machine.recover(way)
         if not ended and way is Way.LEAVE:
             assert found.action == "left running"

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""``qemu-img``, for the little that QEMU itself is not asked to do."""
+"""Programs that do the little that QEMU itself is not asked to do, such as ``qemu-img``."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
+from typing import TYPE_CHECKING
 
 from qmpmirror import errors
 
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
-def find(what_for: str) -> str:
-    """Where it is.
+
+def qemu_img(what_for: str) -> str:
+    """Where ``qemu-img`` is.
 
     Args:
         what_for: what cannot be done without it, as the sentence begins.
@@ -24,17 +28,23 @@ def find(what_for: str) -> str:
     return tool
 
 
-async def run(tool: str, *words: str) -> tuple[int, str]:
-    """Run it to its end; cancelling this ends it.
+async def run(program: str, *words: str, keeps: Collection[int] = ()) -> tuple[int, str]:
+    """Run a program to its end; cancelling this ends it.
+
+    Args:
+        program: its name or path.
+        words: its arguments.
+        keeps: file descriptors that it has open too.
 
     Returns:
         Its exit code, and all that it said.
     """
     process = await asyncio.create_subprocess_exec(
-        *(tool, *words),
+        *(program, *words),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        pass_fds=keeps,
     )
     try:
         said, _ = await process.communicate()
