@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qmpmirror.life import Phase
     from qmpmirror.operations.handle import Progress
 
 _PLAIN_SECONDS: Final = 10.0
@@ -32,6 +33,7 @@ class Output:
         self._label = label
         self._line_open = False
         self._plain_next = 0.0
+        self._plain_phase: Phase | None = None
 
     def say(self, message: str) -> None:
         """A message of virsh's, on stdout."""
@@ -64,9 +66,10 @@ class Output:
         if sys.stderr.isatty():
             _write(f"\r{line}\x1b[K", sys.stderr)
             self._line_open = True
-        elif time.monotonic() >= self._plain_next or progress.percent == 100:  # noqa: PLR2004
+        elif time.monotonic() >= self._plain_next or progress.phase is not self._plain_phase:
             _write(line + "\n", sys.stderr)
             self._plain_next = time.monotonic() + _PLAIN_SECONDS
+            self._plain_phase = progress.phase
 
     def end_line(self) -> None:
         """Leave the progress line behind."""

@@ -181,7 +181,8 @@ def test_elsewhere_plain_lines_come_now_and_then(capsys: Capture) -> None:
     output = Output(as_json=False, label="Block Copy")
     for offset in range(50):
         output.progress(progress(offset * MIB))
-    output.progress(progress(100 * MIB, phase=Phase.MIRRORING))
+    for _ in range(3):
+        output.progress(progress(100 * MIB, phase=Phase.MIRRORING))
     output.say("Now in mirroring phase")
     out, err = capsys.readouterr()
     assert err.splitlines() == [
