@@ -106,6 +106,8 @@ async def _create(
     for each in taken.snapshots:
         again = shlex.join(each.launch)
         output.note(f"{each.disk} is on {each.overlay}; open it next time with: {again}")
+    if taken.filesystems == 0:
+        output.note("warning: the guest agent has frozen no file system")
     for what in taken.left:
         output.error(what)
     code = Exit.NOT_CLEAN if taken.left else Exit.DONE
@@ -115,6 +117,7 @@ async def _create(
         exit=int(code),
         left=list(taken.left),
         name=arguments.name,
+        filesystems=taken.filesystems,
         disks=[
             {"disk": each.disk, "source": each.source, "overlay": each.overlay}
             | {"launch": list(each.launch)}

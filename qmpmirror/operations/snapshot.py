@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qmpmirror.schema import Schema
     from qmpmirror.target import Target
 
-    Around = Callable[[], AbstractAsyncContextManager[object]]
+    Around = Callable[[], AbstractAsyncContextManager[int]]
 
 _FORMAT: Final = "qcow2"
 
@@ -60,10 +60,12 @@ class SnapshotResult:
         snapshots: of each disk, in the order in which they were given.
         left: what could not be put right again: the guest's file systems, say, that may still be
             frozen.
+        filesystems: how many file systems the guest's agent had frozen; None when not asked to.
     """
 
     snapshots: tuple[Snapshot, ...]
     left: tuple[str, ...] = ()
+    filesystems: int | None = None
 
 
 @attrs.frozen
@@ -100,37 +102,41 @@ async def create(
     transaction = Command("transaction", {"actions": [a for plan in plans for a in plan.actions]})
     for command in [*_commands(plans), transaction]:
         schema.check(command.name, command.arguments)
-    left = await _carry_out(monitor, plans, transaction, around)
+    filesystems, left = await _carry_out(monitor, plans, transaction, around)
     for plan in plans:
         for last in plan.made.last:
             await attempt(monitor, last.command)
-    return SnapshotResult(tuple(map(_snapshot, plans)), left)
+    return SnapshotResult(tuple(map(_snapshot, plans)), left, filesystems)
 
 
 async def _carry_out(
     monitor: Monitor, plans: Sequence[_Plan], transaction: Command, around: Around | None
-) -> tuple[str, ...]:
-    """Do it, or take it back; return what went wrong when it had been done."""
-    undo, done = Undo(), False
+) -> tuple[int | None, tuple[str, ...]]:
+    """Do it, or take it back.
+
+    Returns:
+        How many file systems were frozen, and what went wrong when it had been done.
+    """
+    undo, done, filesystems = Undo(), False, None
     try:
         for plan in plans:
             for step in plan.made.steps:
                 await step.run(monitor, undo)
         async with AsyncExitStack() as stack:
             if around is not None:
-                await stack.enter_async_context(around())
+                filesystems = await stack.enter_async_context(around())
             # Cancelled half-way, nobody would know whether it has been carried out.
             await see_through(monitor.execute(transaction.name, transaction.arguments))
             done = True
     except BaseException as error:
         if done and isinstance(error, errors.Error):
-            return (error.description,)
+            return filesystems, (error.description,)
         if not (done or isinstance(error, errors.ConnectionLost)):
             left = await see_through(undo.run())
             if isinstance(error, errors.Error):
                 error.left += left
         raise
-    return ()
+    return filesystems, ()
 
 
 def default_file(path: str, name: str) -> str:

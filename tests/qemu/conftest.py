@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
     Boot = QemuFactory
     Cli = Callable[..., subprocess.CompletedProcess[str]]
+    GuestAgent = Callable[..., tuple[str, list[str]]]
     Unchanged = Callable[..., AbstractContextManager[None]]
 
 _serial_numbers = itertools.count(1)
@@ -230,3 +234,36 @@ def scene(request: pytest.FixtureRequest, boot: Boot, layers: Layers) -> Iterato
     for program in made.programs:
         program.process.kill()
         program.process.wait()
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[GuestAgent]:
+    """A guest agent that has some file systems; its socket, and what it was asked."""
+    listeners: list[socket.socket] = []
+
+    def start(**replies: Any) -> tuple[str, list[str]]:
+        asked: list[str] = []
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path := str(tmp_path / "agent"))
+        listener.listen()
+        listeners.append(listener)
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rwb") as stream:
+                for line in stream:
+                    request = json.loads(line.lstrip(b"\xff"))
+                    command = request["execute"]
+                    reply = {"return": request.get("arguments", {}).get("id", 0)}
+                    if "sync" not in command:
+                        asked.append(command)
+                        reply = replies.get(command.rpartition("-")[2], {"return": 3})
+                    stream.write(json.dumps(reply).encode() + b"\n")
+                    stream.flush()
+
+        threading.Thread(target=serve, daemon=True).start()
+        return path, asked
+
+    yield start
+    for listener in listeners:
+        listener.close()

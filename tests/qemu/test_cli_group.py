@@ -4,12 +4,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
-import socket
 import subprocess
 import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 
     from qmpmirror.testing import ImageTools
     from qmpmirror.testing.fake import FakeMonitor
-    from tests.qemu.conftest import Boot, Unchanged
+    from tests.qemu.conftest import Boot, GuestAgent, Unchanged
 
 
 @attrs.define
@@ -286,43 +283,10 @@ def test_one_that_fails_is_named(scene: Scene, unchanged: Unchanged, *, as_json:
 # -- quiescing ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Callable[..., tuple[str, list[str]]]]:
-    """A guest agent that has some file systems; its socket, and what it was asked."""
-    listeners: list[socket.socket] = []
-
-    def start(**replies: Any) -> tuple[str, list[str]]:
-        asked: list[str] = []
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(path := str(tmp_path / "agent"))
-        listener.listen()
-        listeners.append(listener)
-
-        def serve() -> None:
-            connection, _ = listener.accept()
-            with connection, connection.makefile("rwb") as stream:
-                for line in stream:
-                    request = json.loads(line.lstrip(b"\xff"))
-                    command = request["execute"]
-                    reply = {"return": request.get("arguments", {}).get("id", 0)}
-                    if "sync" not in command:
-                        asked.append(command)
-                        reply = replies.get(command.rpartition("-")[2], {"return": 3})
-                    stream.write(json.dumps(reply).encode() + b"\n")
-                    stream.flush()
-
-        threading.Thread(target=serve, daemon=True).start()
-        return path, asked
-
-    yield start
-    for listener in listeners:
-        listener.close()
-
-
 FROZEN_AND_THAWED = ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]
 
 
-def test_quiesced(scene: Scene, agent: Callable[..., tuple[str, list[str]]]) -> None:
+def test_quiesced(scene: Scene, agent: GuestAgent) -> None:
     path, asked = agent()
     words = [*scene.specs, "--pivot", "--quiesce", "--agent", path, "--max-freeze", "30000"]
     program = scene.begin(*words, "--json")
@@ -331,9 +295,7 @@ def test_quiesced(scene: Scene, agent: Callable[..., tuple[str, list[str]]]) -> 
     assert asked == FROZEN_AND_THAWED
 
 
-def test_no_file_system_is_worth_a_warning(
-    scene: Scene, agent: Callable[..., tuple[str, list[str]]]
-) -> None:
+def test_no_file_system_is_worth_a_warning(scene: Scene, agent: GuestAgent) -> None:
     path, asked = agent(freeze={"return": 0})
     words = [*scene.specs, "--finish", "--quiesce", "--agent", path, "--max-freeze", "30000"]
     code, out, err = scene.run(*words)
@@ -346,7 +308,7 @@ def test_no_file_system_is_worth_a_warning(
 def test_without_its_agent_nothing_is_ended(
     scene: Scene,
     unchanged: Unchanged,
-    agent: Callable[..., tuple[str, list[str]]],
+    agent: GuestAgent,
     trouble: str,
 ) -> None:
     path, asked = agent(freeze={"error": {"class": "GenericError", "desc": "busy"}})
@@ -361,9 +323,7 @@ def test_without_its_agent_nothing_is_ended(
     assert asked == (FROZEN_AND_THAWED if trouble == "refused" else [])
 
 
-def test_what_could_not_be_thawed_is_told(
-    scene: Scene, agent: Callable[..., tuple[str, list[str]]]
-) -> None:
+def test_what_could_not_be_thawed_is_told(scene: Scene, agent: GuestAgent) -> None:
     path, asked = agent(thaw={"error": {"class": "GenericError", "desc": "stuck"}})
     words = [*scene.specs, "--pivot", "--quiesce", "--agent", path, "--max-freeze", "30000"]
     code, out, err = scene.run(*words)
@@ -373,7 +333,7 @@ def test_what_could_not_be_thawed_is_told(
 
 
 def test_thawed_after_an_interrupt_in_the_cut(
-    scene: Scene, unchanged: Unchanged, agent: Callable[..., tuple[str, list[str]]]
+    scene: Scene, unchanged: Unchanged, agent: GuestAgent
 ) -> None:
     path, asked = agent()
     with (

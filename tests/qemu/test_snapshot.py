@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qmpmirror.testing import ImageTools
-    from tests.qemu.conftest import Boot, Cli, Connect, Layers, Unchanged
+    from tests.qemu.conftest import Boot, Cli, Connect, GuestAgent, Layers, Unchanged
 
 
 @pytest.fixture(params=WAYS)
@@ -201,3 +201,37 @@ def test_what_makes_no_sense_is_refused(
     assert (run.returncode, run.stdout) == (code, "")
     assert why in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+@named
+@pytest.mark.parametrize("count", [3, 0])
+def test_quiesced(chain: Chain, cli: Cli, agent: GuestAgent, count: int) -> None:
+    path, asked = agent(freeze={"return": count})
+    words = ["snapshot-create-as", chain.vm.qmp, "s1", "--disk-only", "--quiesce", "--agent", path]
+    run = cli(*words)
+    assert (run.returncode, run.stdout) == (0, "Domain snapshot s1 created\n")
+    warned = "warning: the guest agent has frozen no file system" in run.stderr
+    assert warned is (count == 0)
+    assert asked == ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]
+    assert chain.active[0] == "snap3.s1"
+
+
+@named
+@pytest.mark.parametrize("trouble", ["freeze", "thaw"])
+def test_an_agent_that_fails(
+    chain: Chain, cli: Cli, layers: Layers, agent: GuestAgent, unchanged: Unchanged, trouble: str
+) -> None:
+    error = {"error": {"class": "GenericError", "desc": "stuck"}}
+    path, asked = agent(**{trouble: error})
+    words = ["snapshot-create-as", chain.vm.qmp, "s1", "--disk-only", "--quiesce", "--agent", path]
+    if trouble == "freeze":
+        with unchanged(chain.vm, layers.folder):
+            run = cli(*words)
+        assert (run.returncode, run.stdout) == (4, "")
+    else:
+        run = cli(*words)
+        assert (run.returncode, run.stdout) == (7, "Domain snapshot s1 created\n")
+        assert "file systems may still be frozen" in run.stderr
+    assert "stuck" in run.stderr
+    # Also when the freeze was refused: some of them may be frozen.
+    assert asked == ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]
