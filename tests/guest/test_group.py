@@ -147,7 +147,7 @@ async def test_finish_is_one_instant_on_all_disks(scene: Scene) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("scene", "cuts"), [(2, 20), (4, 20), (8, 3)], indirect=["scene"])
+@pytest.mark.parametrize(("scene", "cuts"), [(2, 20), (4, 20), (8, 20)], indirect=["scene"])
 async def test_finish_is_one_instant_every_time(scene: Scene, cuts: int) -> None:
     for turn in range(cuts):
         await finish(scene, scene.members(turn))
@@ -193,7 +193,7 @@ async def test_pivot_moves_all_disks_at_one_instant(scene: Scene) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("scene", "times"), [(2, 20), (4, 20), (8, 3)], indirect=["scene"])
+@pytest.mark.parametrize(("scene", "times"), [(2, 20), (4, 20), (8, 20)], indirect=["scene"])
 async def test_pivot_is_one_instant_every_time(scene: Scene, times: int) -> None:
     for turn in range(times):
         old = [await _active(scene, number) for number in range(scene.disks)]
