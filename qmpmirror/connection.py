@@ -86,6 +86,7 @@ async def _attempt(
             undo.callback(sock.close)
             undo.push_async_callback(_hang_up, client)
             pid = _peer(sock) if endpoint.path else domain.pid
+            _check_owner(endpoint, pid, domain)
             await within(seconds, client.connect(sock))
             undo.pop_all()
     except asyncio.TimeoutError:
@@ -100,6 +101,18 @@ async def _attempt(
         raise _NotYetError from error
     return Monitor(
         client, address=str(endpoint), pid=pid or domain.pid, owned=True, transcript=transcript
+    )
+
+
+def _check_owner(endpoint: Endpoint, pid: int | None, domain: Domain) -> None:
+    """A QEMU that was started with the socket path of another one has taken it away from that."""
+    if domain.pid in {None, pid} or pid not in {process.pid for process in discover.processes()}:
+        return
+    raise errors.NotListening(
+        f"{endpoint} is the monitor of the QEMU with pid {pid} now, not of {domain.text}"
+        f" (pid {domain.pid})",
+        address=domain.text,
+        hint="each QEMU needs a socket path of its own",
     )
 
 

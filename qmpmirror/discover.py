@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 _PROGRAM: Final = re.compile(r"(qemu-system-[\w-]+|qemu-kvm|kvm|qemu-storage-daemon)(\.\w+)?")
 _DAEMON: Final = "qemu-storage-daemon"
 _ON: Final = frozenset({"on", "yes", "true", "y"})
+_PATH: Final = re.compile(
+    r"""(?:\b(?:file|filename|path)"?\s*[=:]\s*"?|^unix:)([^,"}:]+)|^([^-,=:{][^,=:{]*)$"""
+)
+"""What may be a path in a word of a command line."""
+
 _CONNECTED: Final = "03"
 _TCP_ESTABLISHED: Final = "01"
 
@@ -100,11 +105,38 @@ def has_ended(pid: int) -> bool:
 
 
 def working_folder(pid: int | None) -> str | None:
-    """The folder against which a process resolves paths; None when it cannot be known."""
+    """The folder in which a process was started, and against which the paths that it was given are.
+
+    With ``-daemonize`` QEMU changes to the root folder after it has opened its images: then the
+    command line, the environment and the open files tell. None when it cannot be known.
+    """
+    process = Path(f"/proc/{pid}")
     try:
-        return os.readlink(f"/proc/{pid}/cwd") if pid else None
+        folder = os.readlink(process / "cwd") if pid else None
+        return (_start_folder(process) or folder) if folder == "/" else folder
     except OSError:
         return None
+
+
+def _start_folder(process: Path) -> str | None:
+    """The folder in which most of the relative paths of a daemon's command line are."""
+    words = (process / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
+    if "daemonize" not in (word.lstrip("-") for word in words):
+        return None
+    parts = (part for word in words[1:] for groups in _PATH.findall(word) for part in groups)
+    found = {path for path in parts if path and not os.path.isabs(path)}
+    environment = (process / "environ").read_bytes().decode(errors="surrogateescape").split("\0")
+    candidates = [word.removeprefix("PWD=") for word in environment if word.startswith("PWD=/")]
+    for link in (process / "fd").iterdir():
+        target = os.readlink(link)
+        ends = (f"/{os.path.normpath(path)}" for path in found)
+        candidates += [target.removesuffix(end) for end in ends if target.endswith(end)]
+    there = {
+        folder: sum(os.path.exists(os.path.join(folder, path)) for path in found)
+        for folder in candidates
+    }
+    best = max(there, key=lambda folder: there[folder], default="")
+    return best if there.get(best) else None
 
 
 def sees_our_files(pid: int | None) -> bool:
@@ -155,7 +187,10 @@ def _read(folder: Path) -> Process | None:
         argv = (folder / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
         if _program_index(argv) is None:
             return None
-        name, program, endpoints = parse_command_line(argv, (folder / "cwd").resolve())
+        cwd = working_folder(int(folder.name))
+        if cwd is None:
+            return None
+        name, program, endpoints = parse_command_line(argv, Path(cwd))
     except OSError:  # it has ended meanwhile, or is somebody else's
         return None
     return Process(int(folder.name), name, program, endpoints)

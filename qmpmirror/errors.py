@@ -280,9 +280,13 @@ class JobFailed(JobError):
     Attributes:
         reason: QEMU's own words.
         authoritative: the image that the guest uses, read back from QEMU's graph.
+        removed: the file that was removed, because it was not whole; empty when none was.
     """
 
-    def __init__(self, description: str, *, job_id: str, reason: str, authoritative: str) -> None:
+    def __init__(
+        self, description: str, *, job_id: str, reason: str, authoritative: str, removed: str = ""
+    ) -> None:
         super().__init__(description, job_id=job_id)
         self.reason = reason
         self.authoritative = authoritative
+        self.removed = removed

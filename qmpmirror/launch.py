@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from qmpmirror import errors, names
+from qmpmirror import commandline, errors, names
+from qmpmirror.commandline import Words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from qmpmirror.disks import Disk
     from qmpmirror.graph import Graph, Node
@@ -37,6 +38,18 @@ _NBD: Final = re.compile(
 )
 """How QEMU names an NBD export: nothing is escaped, so that ``-drive`` may not take it again."""
 
+_KEPT: Final = re.compile(
+    r"cache(\..*)?|discard|aio|(auto-)?read-?only|(detect-zeroes|copy-on-read|locking)"
+    r"|[rw]error|throttling\..*|(bps|iops)(_.*)?"
+)
+"""Options of a ``-drive`` that go on with another image."""
+
+_KEPT_OF_NODE: Final = ("discard", "auto-read-only")
+_KEPT_OF_FILE: Final = (
+    *("node-name", "aio", "aio-max-batch", "locking", "discard", "auto-read-only"),
+    *("cache.direct", "cache.no-flush"),
+)
+_LOCAL: Final = frozenset({"file", "host_device"})
 _SWITCH: Final = {True: "on", False: "off"}
 _PLAIN_NBD: Final = re.compile(r"[\w.~/?=+-]+(:\d+)?[\w.~/?=+-]*")
 
@@ -52,6 +65,7 @@ class Opened:
         tls: the id of its TLS credentials; empty without TLS.
         secret: the id of its passphrase; empty when it is not encrypted.
         objects: the words that make the objects which it needs.
+        words: how the disk's first image was opened, when QEMU was started.
     """
 
     storage: str
@@ -60,10 +74,11 @@ class Opened:
     tls: str = ""
     secret: str = ""
     objects: tuple[str, ...] = ()
+    words: Words = attrs.field(factory=Words)
 
 
-async def read(monitor: Monitor, picture: Graph, node: str, run: str) -> Opened:
-    """How an image is open; the objects of its run, if any, are looked up by ``qom-get``."""
+async def read(monitor: Monitor, picture: Graph, disk: Disk, node: str, run: str) -> Opened:
+    """How a disk's image is open; the objects of its run, if any, are looked up by ``qom-get``."""
     target = picture.nodes[node]
     storage = picture.storage(target.name)
     windowed = target.driver == "raw" and target.virtual_size < storage.virtual_size
@@ -83,6 +98,7 @@ async def read(monitor: Monitor, picture: Graph, node: str, run: str) -> Opened:
         tls=found["tls"][0] if "tls" in found else "",
         secret=found["secret"][0] if "secret" in found else "",
         objects=tuple(word for _, text in found.values() for word in ("-object", text)),
+        words=commandline.words(monitor.pid, disk),
     )
 
 
@@ -95,7 +111,7 @@ def options(
     a ``-blockdev`` with the same node name, so that the rest of the command line stays as it was.
     An image that is described inside of its filter's ``-blockdev`` has no name: it gets none here.
 
-    What QEMU does not tell is not in these words, such as ``aio`` or ``serial``.
+    What QEMU does not tell, such as ``aio``, is taken from its command line where that can be read.
 
     Args:
         disk: the disk as it was.
@@ -110,14 +126,44 @@ def options(
         given = _special(opened, new_format)
         if disk.image is not None:
             given |= _drive_options(disk.image)
+        given = _kept(opened.words.options, given)
         words += [f"{key}={value}" for key, value in given.items()]
         return [*opened.objects, "-drive", ",".join(words)]
     node: dict[str, Any] = {"driver": new_format}
-    if disk.image is not None and disk.image.named_by_user:
-        node["node-name"] = disk.image.name
+    if name := _node_name(disk, opened.words):
+        node["node-name"] = name
     node["file"] = _protocol(opened)
+    if node["file"]["driver"] in _LOCAL and opened.words.storage.get("driver") in _LOCAL:
+        node["file"] |= _nested(_typed(opened.words.storage, _KEPT_OF_FILE))
+    node |= _nested(_typed(opened.words.options, _KEPT_OF_NODE))
     node |= _nested(_special(opened, new_format)) | _node_options(disk.image)
     return [*opened.objects, "-blockdev", json.dumps(node)]
+
+
+def _node_name(disk: Disk, words: Words) -> str:
+    """The name that the user's ``-device`` asks for; a copy has one that only QEMU knows."""
+    if disk.image is None or not disk.image.named_by_user:
+        return ""
+    return words.name if words.name and names.parse_node(disk.image.name) else disk.image.name
+
+
+def _kept(words: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
+    """What a ``-drive`` said goes on, in its own words; what was found out is said besides."""
+    kept = {key: value for key, value in words.items() if _KEPT.fullmatch(key)}
+    if "cache" in kept:
+        found = {key: value for key, value in found.items() if not key.startswith("cache.")}
+    return {**found, **kept}
+
+
+def _typed(words: Mapping[str, str], keys: Iterable[str]) -> dict[str, Any]:
+    """Some of the options of a ``-blockdev``, as its JSON has them."""
+    values = {"on": True, "True": True, "off": False, "False": False}
+    switches = ("auto-read-only", "cache.direct", "cache.no-flush")
+    return {
+        key: values.get(words[key], words[key]) if key in switches else words[key]
+        for key in keys
+        if key in words
+    }
 
 
 def _escaped(value: str) -> str:

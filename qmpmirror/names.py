@@ -63,7 +63,8 @@ class Flag(enum.Enum):
 class Mark(enum.Enum):
     """Bitmaps on the target node that tell a later process what was under way.
 
-    ``REPLACED`` is on a node that is not in a chain any more and is about to be closed.
+    ``REPLACED`` is on a node that is not in a chain any more and is about to be closed, ``KEPT`` on
+    one that the user wants to be left open.
     """
 
     PIVOT = "pivot"
@@ -71,6 +72,7 @@ class Mark(enum.Enum):
     ABORT = "abort"
     STOPPED = "stopped"
     REPLACED = "replaced"
+    KEPT = "kept"
 
 
 @attrs.frozen

@@ -50,6 +50,7 @@ class Run:
         marked: that node.
         replaced: nodes that are out of their chain and about to be closed.
         copied: whether another run copies from its nodes, and puts them away after a pivot.
+        kept: whether its nodes stay open because the user wants it so.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Run:
     marked: str = ""
     replaced: tuple[str, ...] = ()
     copied: bool = False
+    kept: bool = False
 
     @property
     def asked(self) -> Ending | None:
@@ -92,7 +94,7 @@ class Run:
         """Whether the run ended before its copy started, or without putting its nodes away."""
         if self.file or self.data or self.header:
             return True
-        if self.copied:
+        if self.copied or self.kept:
             return False
         return bool(self._nodes(picture)) and not self.is_used(picture)
 
@@ -141,6 +143,8 @@ def _note_mark(found: dict[str, Run], node: str, run_id: str, mark: Mark) -> Non
     if mark is Mark.REPLACED:
         run = found.get(run_id, Run(run_id))
         found[run_id] = attrs.evolve(run, replaced=(*run.replaced, node))
+    elif mark is Mark.KEPT and run_id in found:
+        found[run_id] = attrs.evolve(found[run_id], kept=True)
     elif run_id in found and found[run_id].target_node == node:
         run = found[run_id]
         found[run_id] = attrs.evolve(run, marks=run.marks | {mark}, marked=node)

@@ -45,7 +45,8 @@ commands:
 {commands}
 
 `qmpmirror COMMAND --help` tells more, with an example.
-DOMAIN is a QMP socket, HOST:PORT, or the -name or pid of a QEMU that runs here.
+DOMAIN is a QMP socket, HOST:PORT, or the -name or pid of a QEMU that runs here. It has a
+socket when it was started with -qmp unix:PATH,server=on,wait=off; each serves one client at a time.
 """
 
 

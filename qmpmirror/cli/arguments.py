@@ -50,10 +50,15 @@ class Parser(argparse.ArgumentParser):
         text = "the disk: target (vda), device or drive id, node name, image path"
         self.add_named("path", text, required=required)
 
-    def add_limit(self) -> None:
+    def add_limit(self, text: str = "limit in MiB/s, or with a suffix (500K, 2G)") -> None:
         """Add the bandwidth."""
-        text = "limit in MiB/s, or with a suffix (500K, 2G)"
         self.add_named("bandwidth", text, required=False)
+
+    def hide(self, *options: str) -> None:
+        """Leave options out of the help: they are understood, and of no use here."""
+        for action in self._actions:
+            if action.option_strings and action.option_strings[0] in options:
+                action.help = argparse.SUPPRESS
 
     def add_common(self) -> None:
         """Add what every command understands."""
@@ -79,7 +84,12 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{name}", metavar=name.upper(), help=text)
         if self._named:
             names = " ".join(name if needed else f"[{name}]" for name, _, needed in self._named)
-            self.add_argument("words", nargs="*", metavar=names, help="the same, in this order")
+            self.add_argument(
+                "words",
+                nargs="*",
+                metavar=names,
+                help="the options of these names, without the names, in this order",
+            )
         return [(name, needed) for name, _, needed in self._named]
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 def parser() -> Parser:
     """The command's parser."""
-    return blockcopy.parser(
+    made = blockcopy.parser(
         "backup",
         "Copy a disk under the live guest, or several at one point in time, and end with consistent"
         " copies; the guest stays where it is. With --shallow only the top image is copied.",
-        "qmpmirror backup testvm --all-disks --dest-dir /backup/monday",
+        "qmpmirror backup testvm --all-disks --dest-dir /backup",
     )
+    made.hide("--pivot", "--finish", "--wait", "--async", "--keep-source")
+    return made
 
 
 def main(argv: Sequence[str]) -> int:

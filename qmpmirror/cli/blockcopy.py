@@ -85,7 +85,11 @@ def _add_group_options(made: words.Parser) -> None:
         help="a disk of several; in the place of PATH and DEST",
     )
     group.add_argument("--all-disks", action="store_true", help="all disks with a medium")
-    group.add_argument("--dest-dir", metavar="DIR", help="where the copies of all disks go")
+    group.add_argument(
+        "--dest-dir",
+        metavar="DIR",
+        help="the folder, which must be there, of the copies of all disks: vda.qcow2 and so on",
+    )
     group.add_argument(
         "--max-freeze",
         type=words.seconds,

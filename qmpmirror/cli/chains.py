@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from qmpmirror import names
 from qmpmirror.cli.render import human_size
+from qmpmirror.names import Mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from qmpmirror.disks import Disk
-    from qmpmirror.graph import Graph
+    from qmpmirror.graph import Graph, Node
 
 
 def draw(graph: Graph, disks: Sequence[Disk]) -> str:
@@ -21,11 +22,20 @@ def draw(graph: Graph, disks: Sequence[Disk]) -> str:
     users = {disk.image.name: _user(disk) for disk in disks if disk.image is not None}
     in_use = {image.name for disk in disks if disk.image for image in graph.chain(disk.node)}
     for target in _targets(graph):
-        users.setdefault(target, "commit under way" if target in in_use else "copy under way")
+        if target in in_use and not _is_written(graph, target):
+            continue  # a copy or an overlay of ours that the guest runs on by now
+        users.setdefault(target, _purpose(graph.nodes[target], is_base=target in in_use))
     lines: list[str] = []
     for base in (name for name in above if not _backing(graph, name)):
         lines += _branch(graph, base, above, users, "", "")
     return "\n".join(lines)
+
+
+def _purpose(target: Node, *, is_base: bool) -> str:
+    marks = {names.parse_bitmap(bitmap.name) for bitmap in target.bitmaps}
+    if Mark.KEPT in {mark for _, mark in filter(None, marks)}:
+        return "kept"
+    return "commit under way" if is_base else "copy under way"
 
 
 def _user(disk: Disk) -> str:
@@ -50,9 +60,13 @@ def _targets(graph: Graph) -> Iterator[str]:
     """The nodes that a copy of ours, or anybody else's mirror, writes to."""
     for name in graph.nodes:
         ours = names.parse_node(name)
-        used = any(user.role == "target" for user in graph.users.get(name, ()))
-        if used or (ours is not None and ours[1] == "format"):
+        if _is_written(graph, name) or (ours is not None and ours[1] == "format"):
             yield name
+
+
+def _is_written(graph: Graph, name: str) -> bool:
+    """Whether a job writes to it."""
+    return any(user.role == "target" for user in graph.users.get(name, ()))
 
 
 def _backing(graph: Graph, name: str) -> str:

@@ -97,7 +97,8 @@ def parser() -> Parser:
     made = Parser(
         "completion",
         "Print a completion script for bash, zsh or fish, or the man page. Packages install them;"
-        " this is for a shell that does not find them.",
+        " this is for a shell that does not find them: put the output where it looks, such as"
+        " ~/.local/share/bash-completion/completions/qmpmirror.",
         "qmpmirror completion bash",
     )
     made.add_named("shell", "bash, zsh, fish or man", required=False)

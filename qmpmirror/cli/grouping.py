@@ -14,7 +14,7 @@ from qmpmirror.agent import frozen
 from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.run import Interrupted, open_machine
 from qmpmirror.cli.telling import progress_told
-from qmpmirror.cli.wording import COPY
+from qmpmirror.cli.wording import COPY, launch_words
 from qmpmirror.life import Ending, Phase
 from qmpmirror.operations.group import Member
 from qmpmirror.operations.handle import Progress
@@ -166,6 +166,10 @@ def _ended(result: GroupResult, ending: Ending, output: Output) -> int:
         pivoted = wanted is Phase.PIVOTED
         output.say("Successfully pivoted" if pivoted else "Successfully copied")
         output.note(f"the guest's writes waited {result.longest_freeze * 1000:.1f} ms")
+        for one in result.results:
+            output.note(f"{one.disk}: {_whereabouts(one)}")
+            for note in one.notes:
+                output.note(f"note: {note}")
     else:
         output.say(f"Copy failed: {', '.join(map(_fate, result.results))}")
     for entry in result.left_over:
@@ -181,6 +185,12 @@ def _ended(result: GroupResult, ending: Ending, output: Output) -> int:
         cut=[attrs.asdict(cut) | {"freeze": cut.freeze} for cut in result.cuts],
     )
     return code
+
+
+def _whereabouts(result: Result) -> str:
+    if result.outcome is Phase.PIVOTED:
+        return f"the guest runs on {result.active}; open it next time with: {launch_words(result)}"
+    return f"{result.destination} is a consistent copy"
 
 
 def _fate(result: Result) -> str:

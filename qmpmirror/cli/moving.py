@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qmpmirror.cli import arguments as words
+from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.render import Output
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def parser() -> words.Parser:
     )
     made.add_domain()
     made.add_disk()
-    made.add_named("dest", "the folder that the images go to")
-    made.add_limit()
+    made.add_named("dest", "the folder that the images go to; it must be there")
+    made.add_limit("limit of the active image's copy in MiB/s, or with a suffix (500K, 2G)")
     made.add_argument("--bytes", action="store_true", help="a bare --bandwidth is in bytes/s")
     made.add_argument("--verbose", action="store_true", help="show the progress")
     made.add_argument(
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.bandwidth = words.bandwidth(arguments.bandwidth or "0", in_bytes=arguments.bytes)
     except ValueError as error:
         made.error(str(error))
-    output = Output(as_json=arguments.json)
+    output = Output(as_json=arguments.json, label="Block Move")
     from qmpmirror.cli.run import run  # noqa: PLC0415 - brings asyncio
 
     return run(lambda interrupts: _move(arguments, output, interrupts), output)
@@ -57,8 +58,14 @@ async def _move(arguments: argparse.Namespace, output: Output, interrupts: Inter
     from qmpmirror.cli.session import JobSession  # noqa: PLC0415
     from qmpmirror.cli.wording import MOVE  # noqa: PLC0415
     from qmpmirror.life import Ending  # noqa: PLC0415
+    from qmpmirror.operations.move_storage import is_there  # noqa: PLC0415
 
     async with await interrupts.guard(open_machine(arguments)) as vm:
+        # Who repeats a command because its client has died need not know how far it had come.
+        if await is_there(vm.monitor, arguments.path, arguments.dest):
+            output.say(f"Nothing to move: {arguments.path} is in {arguments.dest} already")
+            output.event("result", outcome="done", exit=int(Exit.DONE))
+            return Exit.DONE
         starting = vm.move_storage(arguments.path, arguments.dest, bandwidth=arguments.bandwidth)
         try:
             move = await interrupts.guard(starting, takes_back=True)

@@ -18,9 +18,10 @@ def parser() -> words.Parser:
     """The command's parser."""
     made = words.Parser(
         "recover",
-        "Finish or undo what interrupted runs have left in QEMU. An ending that was asked for is"
-        " seen through; a copy that runs and that nobody has asked to end is left running, unless"
-        " --finish or --undo says otherwise.",
+        "Finish or undo what interrupted runs have left in QEMU. A pivot or an abort that had begun"
+        " is seen through. A copy that still runs, or follows the guest in the mirroring phase, is"
+        " left running, since its client may be alive: --finish ends it as its command would have,"
+        " --undo takes it back.",
         "qmpmirror recover testvm --finish",
     )
     made.add_domain()
@@ -71,6 +72,8 @@ async def _recover(arguments: argparse.Namespace, output: Output) -> int:
             action=found.action,
             left=list(found.left),
         )
+    if any(found.action == "left running" for found in findings):
+        output.note("--finish ends what is left running as it was meant to end, --undo aborts it")
     for disk in disks:
         if disk.image is not None and disk.qom_path:
             output.say(f"{disk.name}: the guest runs on {disk.path}")

@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from typing import TYPE_CHECKING, Any, TypeVar
+import sys
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qmpmirror import errors
 from qmpmirror.cli.exits import Exit, exit_code
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from qmpmirror.machine import Machine
 
 T = TypeVar("T")
+
+_PATIENCE: Final = 2.0
+"""Seconds after which somebody wants to know what is being waited for."""
 
 
 class Interrupted(Exception):
@@ -72,9 +76,16 @@ async def open_machine(arguments: argparse.Namespace) -> Machine:
     """Connect as a command's common arguments say."""
     from qmpmirror.machine import connect  # noqa: PLC0415 - brings qemu.qmp
 
-    return await connect(
-        arguments.domain, timeout=arguments.connect_timeout, transcript=arguments.transcript
-    )
+    def tell() -> None:
+        print(f"waiting for the monitor of {arguments.domain}: is it taken?", file=sys.stderr)
+
+    waiting = asyncio.get_running_loop().call_later(_PATIENCE, tell)
+    try:
+        return await connect(
+            arguments.domain, timeout=arguments.connect_timeout, transcript=arguments.transcript
+        )
+    finally:
+        waiting.cancel()
 
 
 def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], output: Output) -> int:

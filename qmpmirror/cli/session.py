@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -14,16 +13,18 @@ from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.render import human_size
 from qmpmirror.cli.run import Interrupted
 from qmpmirror.cli.telling import progress_told
-from qmpmirror.cli.wording import COPY, Words
+from qmpmirror.cli.wording import COPY, Words, launch_words
 from qmpmirror.life import Ending, Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from typing_extensions import Self
 
     from qmpmirror.cli.render import Output
     from qmpmirror.cli.run import Interrupts
+    from qmpmirror.monitor import Event
     from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.twophase import TwoPhaseJob
     from qmpmirror.sizes import ImageSize
@@ -53,8 +54,11 @@ class JobSession:
     words: Words = COPY
     verbose: bool = False
     code: Exit = Exit.DONE
+    _stopped: bool = attrs.field(default=False, init=False)
+    _unsubscribe: Callable[[], None] | None = attrs.field(default=None, init=False)
 
     async def __aenter__(self) -> Self:
+        self._unsubscribe = self.handle.monitor.subscribe(self._tell_of_stops)
         return self
 
     async def __aexit__(
@@ -63,6 +67,8 @@ class JobSession:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
+        if self._unsubscribe is not None:
+            self._unsubscribe()
         if isinstance(exc, errors.JobFailed):
             if self.handle.result is None:
                 self._failed(exc)
@@ -74,6 +80,20 @@ class JobSession:
         if isinstance(exc, errors.CommandFailed):
             self.output.note(f"job {self.handle.id} goes on in QEMU; qmpmirror blockjob shows it")
         return False
+
+    def _tell_of_stops(self, event: Event | None) -> None:
+        """Nobody should wait for a job that waits for them."""
+        if event is None:
+            return
+        if event.name == "BLOCK_JOB_ERROR" and event.data.get("device") == self.handle.id:
+            if event.data.get("action") == "stop" and not self._stopped:
+                self._stopped = True
+                self.output.note(
+                    f"stopped by an I/O error ({event.data.get('operation')}): make room, or mend"
+                    f" it, then blockjob --resume lets it go on, and --abort ends it"
+                )
+        elif event.name == "JOB_STATUS_CHANGE" and event.data.get("id") == self.handle.id:
+            self._stopped &= event.data.get("status") != "running"
 
     async def watch(self, *, seconds: float | None = None) -> bool | None:
         """Wait for the mirroring phase, telling how far it is.
@@ -128,6 +148,8 @@ class JobSession:
         if in_time is not True:
             # Ctrl-C, or the timeout: as with virsh, both abort the job.
             code = Exit.FAILED if in_time is None else Exit.DEADLINE
+            why = "interrupted" if in_time is None else f"not there within {seconds:g} s"
+            self.output.note(f"{why}: it is aborted")
             return await self.end(Ending.ABORT, code=code, wait=see_end_through)
         if self.wanted is None:
             return await self.leave_running(self.words.mirroring)
@@ -140,6 +162,7 @@ class JobSession:
         if self.handle.job.life.concluded:
             await self.handle.ready()
         self.output.say(message)
+        self.output.note("blockjob shows it and ends it: --watch, --pivot, --abort")
         self.output.event(
             "result", outcome=self.handle.phase.value, exit=int(Exit.DONE), job=self.handle.id
         )
@@ -184,6 +207,8 @@ class JobSession:
         """Say that the copy failed, and why: virsh drops the reason."""
         self.code = Exit.FAILED
         self.output.say(f"{self.words.noun} failed: {error.reason}")
+        if error.removed:
+            self.output.note(f"{error.removed} was incomplete and has been removed")
         if error.authoritative:
             self.output.note(f"the guest runs on {error.authoritative}")
         self._tell_left(error.left)
@@ -193,6 +218,7 @@ class JobSession:
             exit=int(self.code),
             reason=error.reason,
             active=error.authoritative,
+            removed=bool(error.removed),
             left=list(error.left),
             job=self.handle.id,
         )
@@ -214,7 +240,9 @@ class JobSession:
         pid = self.handle.monitor.pid
         if pid is not None and await _has_ended(pid):
             what = f"QEMU (pid {pid}) has ended"
-            advice = f"{source} holds all that the guest wrote; {destination} is not complete"
+            advice = (
+                f"{source} holds all that the guest wrote; {destination} is not complete: remove it"
+            )
             if pivoting:
                 advice = (
                     f"the guest was being switched: {destination} holds all that it wrote if the"
@@ -231,7 +259,7 @@ class JobSession:
 
     def _tell_images(self, result: Result) -> None:
         if result.outcome is Phase.PIVOTED:
-            again = shlex.join(result.launch)
+            again = launch_words(result)
             self.output.note(f"the guest runs on {result.active}; open it next time with: {again}")
             for path in result.deleted:
                 self.output.note(f"{path} has been removed")

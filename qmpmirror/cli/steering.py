@@ -14,7 +14,7 @@ from qmpmirror.cli.render import human_size
 from qmpmirror.cli.run import open_machine
 from qmpmirror.cli.session import JobSession
 from qmpmirror.cli.wording import ACTIVE_COMMIT, COPY, MOVE
-from qmpmirror.life import Ending
+from qmpmirror.life import Ending, Phase
 from qmpmirror.operations.copy import Copy
 from qmpmirror.operations.move import Move
 from qmpmirror.operations.onephase import OnePhaseJob
@@ -120,10 +120,14 @@ async def _cancel(handle: BlockJob, arguments: argparse.Namespace) -> None:
 
 async def _watch(vm: Machine, handle: BlockJob, output: Output, interrupts: Interrupts) -> int:
     """Show a job until it has ended, without ending it or putting anything away."""
+    told = False
     async with _explaining(handle, output, interrupts):
         async for progress in handle.progress(until_mirroring=False):
             output.progress(progress)
             output.event("progress", **progress.fields())
+            if progress.phase is Phase.MIRRORING and not told:
+                told = True
+                output.note("now in the mirroring phase: --pivot or --abort ends it")
     disk = next((d for d in await vm.disks() if d.is_under(handle.disk)), handle.disk)
     output.note(f"the job has ended; {disk.name} is on {disk.path}")
     output.event("result", outcome="ended", exit=int(Exit.DONE), active=disk.path, job=handle.id)
@@ -174,7 +178,8 @@ def _show(info: JobInfo, arguments: argparse.Namespace, output: Output) -> None:
         if info.speed:
             output.say(f"    Bandwidth limit: {info.speed} bytes/s ({human_size(info.speed)}/s)")
         if info.paused:
-            output.say(f"    paused, I/O status {info.io_status}")
+            advice = "" if info.io_status == "ok" else ": make room, then --resume"
+            output.say(f"    paused, I/O status {info.io_status}{advice}")
     output.event("job", **attrs.asdict(info), label=label)
     output.event("result", outcome="done", exit=int(Exit.DONE), job=info.id)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
     from qmpmirror.cli.render import Output
     from qmpmirror.operations.conclusion import Result
+
+
+def launch_words(result: Result) -> str:
+    """The words for QEMU's next command line, as a shell takes them."""
+    return shlex.join(result.launch)
 
 
 @attrs.frozen

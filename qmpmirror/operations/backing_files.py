@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import tempfile
 from typing import TYPE_CHECKING, Final
 
@@ -95,6 +96,11 @@ def check(picture: Graph, disk: Disk, files: Sequence[BackingFile]) -> None:
 
 def _check_movable(picture: Graph, image: Node, source: str) -> None:
     storage = picture.storage(image.name)
+    if storage.driver == "file" and not os.path.lexists(source):
+        raise errors.Refused(
+            f"image {source} of the chain is not there any more",
+            hint="QEMU has it open: copy the disk alone, with blockcopy, as long as QEMU runs",
+        )
     if storage.driver != "file" or not os.path.isfile(source) or image.child("data-file"):
         raise errors.Refused(
             f"image {source} of the chain is no plain file: it cannot be moved",
@@ -238,7 +244,7 @@ def _is_ours(descriptor: int, part: str) -> bool:
 
 
 async def _copy(file: BackingFile, part: str, descriptor: int) -> None:
-    words = ["--sparse=always", "--reflink=auto", "--preserve=mode,timestamps"]
+    words = ["--sparse=always", "--reflink=auto", "--preserve=timestamps"]
     # It holds the lock as long as it lives, even longer than we do.
     code, said = await programs.run("cp", *words, "--", file.source, part, keeps=(descriptor,))
     if not code and file.below:
@@ -247,10 +253,16 @@ async def _copy(file: BackingFile, part: str, descriptor: int) -> None:
         code, said = await programs.run(tool, "rebase", "-u", "-f", file.format, *below, part)
     if code:
         raise errors.DestinationError(f"{part}: {' '.join(said.split())}", destination=part)
-    if os.geteuid() == 0:  # QEMU may run as somebody else, and must be able to read it
-        status = os.stat(file.source)
-        os.chown(part, status.st_uid, status.st_gid)
+    make_alike(file.source, part)
     await asyncio.to_thread(os.fsync, descriptor)
+
+
+def make_alike(source: str, path: str) -> None:
+    """Give a file the mode and, where that is allowed, the owner of another: QEMU's, perhaps."""
+    status = os.stat(source)
+    with contextlib.suppress(PermissionError):
+        os.chmod(path, stat.S_IMODE(status.st_mode))
+        os.chown(path, status.st_uid, status.st_gid)
 
 
 def publish(files: Sequence[BackingFile], run: str) -> None:

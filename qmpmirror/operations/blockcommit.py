@@ -228,7 +228,10 @@ def _span(
             f" {disk.name!r}"
         )
     if not top and not options.active:
-        raise errors.Refused(f"commit of {disk.name!r} active layer requires active flag")
+        raise errors.Refused(
+            f"commit of {disk.name!r} active layer requires active flag",
+            hint="--active commits it, --pivot switches to the base then; or give --top",
+        )
     if top and options.active:
         raise errors.Refused(
             f"active commit requested but {paths[top]!r} is not active: the guest uses {paths[0]!r}"

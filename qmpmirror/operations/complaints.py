@@ -60,7 +60,7 @@ def hazards(version: Version) -> dict[int, str]:
 
 def problems(found: Checkup) -> list[str]:
     """What looks wrong, one sentence each; the worst is not necessarily the first."""
-    sources = (_guest, _jobs, _interrupted_runs, _targets, _nodes, _objects)
+    sources = (_guest, _images, _jobs, _interrupted_runs, _targets, _nodes, _objects)
     told = [problem for source in sources for problem in source(found)]
     return [found.unread, *told] if found.unread else told
 
@@ -71,6 +71,11 @@ def _guest(found: Checkup) -> Iterator[str]:
     for disk, status in found.io_status.items():
         if status != "ok":
             yield f"an I/O error has stopped disk {disk}: {status}"
+
+
+def _images(found: Checkup) -> Iterator[str]:
+    for path in found.missing:
+        yield f"image {path} is not there any more: only QEMU, which has it open, can still read it"
 
 
 def _jobs(found: Checkup) -> Iterator[str]:

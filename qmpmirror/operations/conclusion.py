@@ -14,7 +14,8 @@ import attrs
 
 from qmpmirror import discover, disks, errors, graph, launch, names, sizes
 from qmpmirror.life import Active, Ending, Life, Phase
-from qmpmirror.names import Flag
+from qmpmirror.names import Flag, Mark
+from qmpmirror.operations import marks
 from qmpmirror.steps import Command, attempt, remove_file
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ async def conclude(job: TwoPhaseJob) -> Result:
     removed = False
     if outcome is Phase.PIVOTED:
         run = job.name.run if Flag.OBJECTS in job.name.flags else ""
-        opened = await launch.read(monitor, picture, job.target_node, run)
+        opened = await launch.read(monitor, picture, job.disk, job.target_node, run)
         words = tuple(launch.options(job.disk, where, job.format, opened))
         await _remove_marks(job, picture)
         left = await _let_go_of_source(job, picture)
@@ -94,7 +95,9 @@ async def conclude(job: TwoPhaseJob) -> Result:
         removed = not consistent and not left and _remove_worthless_file(job, picture, active)
     await job.job.dismiss()
     if outcome is Phase.FAILED:
-        raise _failure(job, error, active, where, left)
+        failure = _failure(job, error, active, where, removed=removed)
+        failure.left = tuple(left)
+        raise failure
     return Result(
         outcome=outcome,
         disk=job.disk.name,
@@ -150,11 +153,14 @@ async def _remove_marks(job: TwoPhaseJob, picture: Graph) -> None:
 
 async def _let_go_of_source(job: TwoPhaseJob, picture: Graph) -> list[str]:
     """Close what the pivot has replaced, and what only that needed."""
+    earlier = names.parse_node(job.name.source)
     if Flag.KEEP_SOURCE in job.name.flags:
+        if earlier is not None:
+            # A copy of ours that nobody uses looks like one that was interrupted.
+            await attempt(job.monitor, marks.add(job.name.source, earlier[0], Mark.KEPT))
         return []
     replaced = (job.name.source, *job.name.replaced)
     left = await _let_go_of(job.monitor, picture, replaced)
-    earlier = names.parse_node(job.name.source)
     if earlier is not None:
         # The source was a copy of ours: a secret or credentials of that run may be left.
         await _delete_objects(job.monitor, earlier[0], frozenset({Flag.OBJECTS}))
@@ -210,7 +216,7 @@ def _remove_worthless_file(job: TwoPhaseJob, before: Graph, active: Active) -> b
 
 
 def _failure(
-    job: TwoPhaseJob, error: str, active: Active, where: str, left: Sequence[str]
+    job: TwoPhaseJob, error: str, active: Active, where: str, *, removed: bool
 ) -> errors.JobFailed:
     reason = error
     if not reason and active is Active.SOURCE:
@@ -219,6 +225,10 @@ def _failure(
     description = f"the {job.what} of {job.disk.name} failed: {reason}"
     if active is Active.SOURCE:
         description += f"; the guest runs on {where}, which is complete"
-    failure = errors.JobFailed(description, job_id=job.id, reason=reason, authoritative=where)
-    failure.left = tuple(left)
-    return failure
+    return errors.JobFailed(
+        description,
+        job_id=job.id,
+        reason=reason,
+        authoritative=where,
+        removed=job.destination if removed else "",
+    )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,6 +42,7 @@ _CAPABILITIES: Final = (
 )
 """Commands, and arguments of them, that decide what can be done."""
 
+_TEMPORARY: Final = re.compile(r".*/vl\.\w+")
 _SECRET_MEMBER: Final = re.compile(
     r'("[\w.-]*(?:password|passphrase|cookie|secret|token|user)[\w.-]*": *)"(?:[^"\\]|\\.)*"'
 )
@@ -70,6 +72,7 @@ class Checkup:
         exports: the reply of ``query-block-exports``.
         iothreads: ids of the iothreads.
         objects: ids of the user-created objects.
+        missing: paths of images that are open and that nobody else can open any more.
         unread: why the graph could not be read; empty if it could.
     """
 
@@ -90,6 +93,7 @@ class Checkup:
     exports: tuple[Mapping[str, Any], ...]
     iothreads: tuple[str, ...]
     objects: tuple[str, ...]
+    missing: tuple[str, ...] = ()
     unread: str = ""
 
     @property
@@ -141,12 +145,16 @@ async def examine(monitor: Monitor, schema: Schema) -> Checkup:
     )
     statuses = [JobStatus.parse(job) for job in jobs]
     picture, unread, known = None, "", []
+    missing: tuple[str, ...] = ()
     try:
         picture = await graph.read(monitor)
     except errors.Refused as refusal:
         unread = str(refusal)
     else:
-        known = await disks.read(monitor, picture, discover.working_folder(monitor.pid))
+        folder = discover.working_folder(monitor.pid)
+        known = await disks.read(monitor, picture, folder)
+        if discover.sees_our_files(monitor.pid):
+            missing = _missing(picture, folder or "")
     numbers = version["qemu"]
     return Checkup(
         version=(numbers["major"], numbers["minor"], numbers["micro"]),
@@ -166,6 +174,7 @@ async def examine(monitor: Monitor, schema: Schema) -> Checkup:
         exports=tuple(exports),
         iothreads=tuple(thread["id"] for thread in iothreads),
         objects=tuple(object_["name"] for object_ in objects if object_["name"] != "type"),
+        missing=missing,
         unread=unread,
     )
 
@@ -212,6 +221,15 @@ def _capabilities(schema: Schema) -> dict[str, bool]:
         else schema.has_command(command)
         for command, argument in _CAPABILITIES
     }
+
+
+def _missing(picture: Graph, folder: str) -> tuple[str, ...]:
+    files = (node.name for node in picture.nodes.values() if node.driver == "file")
+    paths = dict.fromkeys(os.path.join(folder, picture.path(name)) for name in files)
+    # QEMU itself deletes the files of -snapshot at once.
+    return tuple(
+        path for path in paths if not (os.path.lexists(path) or _TEMPORARY.fullmatch(path))
+    )
 
 
 def _io_status(picture: Graph | None, known: list[Disk]) -> dict[str, str]:

@@ -65,12 +65,14 @@ class Pace:
     """How fast something goes on, from one look to the next."""
 
     _rate: float = 0.0
-    _last: tuple[float, int] = attrs.field(factory=lambda: (time.monotonic(), 0))
+    _last: tuple[float, int] | None = None
 
     def at(self, offset: int, length: int) -> tuple[float, float | None]:
         """The rate in bytes/s, smoothed, and the seconds that are left at this rate."""
         now = time.monotonic()
-        elapsed, done = now - self._last[0], offset - self._last[1]
+        # A job begins with a burst, which no limit holds back: it says nothing of the rest.
+        before, there = self._last or (now, offset)
+        elapsed, done = now - before, offset - there
         if done and elapsed > 0:
             newest = done / elapsed
             smoothed = self._rate + _SMOOTHING * (newest - self._rate)

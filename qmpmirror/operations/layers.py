@@ -36,7 +36,7 @@ def active_image(picture: Graph, disk: Disk, disk_name: str) -> Node:
             f"disk {disk_name!r} already has a block job: {jobs[0]}",
             disk=disk_name,
             job_id=jobs[0],
-            hint="end that one first",
+            hint="end that one first: see qmpmirror blockjob, and qmpmirror recover",
         )
     return disk.image
 

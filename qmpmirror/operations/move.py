@@ -101,6 +101,7 @@ class Move(Copy):
                 job_id=self.id,
                 reason=error.description,
                 authoritative=self.disk.path,
+                removed=self.destination,
             ) from error
 
     async def progress(

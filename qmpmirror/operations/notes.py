@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from qmpmirror.graph import Graph, Node
 
 
+def misnamed(path: str, new_format: str) -> Iterator[str]:
+    """A name that says another format: as with virsh, a copy has that of its source."""
+    suffix = path.rpartition(".")[2]
+    if suffix in {"qcow2", "raw", "vmdk", "vdi", "qed"} - {new_format}:
+        yield f"{path} is {new_format}, whatever its name says: --format {suffix} would make it so"
+
+
 def foreseen(
     picture: Graph, disk: Disk, source: Node, given: Given, new_format: str, *, shallow: bool
 ) -> Iterator[str]:

@@ -22,6 +22,8 @@ from qmpmirror.operations.safe_start import misses_writes_at_start, stop_marks
 from qmpmirror.steps import Command, Execute, Step
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qmpmirror.commandline import Given
     from qmpmirror.destination import Destination
     from qmpmirror.disks import Disk
@@ -211,16 +213,19 @@ class _Planner:
             mirror=self._mirror(job, where, wish, made),
             replaced=() if self.options.keep_source else tuple(replaced),
             stops_vcpus=stops_vcpus,
-            notes=tuple(
-                notes.foreseen(
-                    self.picture,
-                    self.disk,
-                    self.source,
-                    self.given,
-                    wish.format,
-                    shallow=bool(self.backing),
-                )
-            ),
+            notes=tuple(self._notes(where, wish)),
+        )
+
+    def _notes(self, where: Destination, wish: Wish) -> Iterator[str]:
+        if not wish.reuse:
+            yield from notes.misnamed(where.text, wish.format)
+        yield from notes.foreseen(
+            self.picture,
+            self.disk,
+            self.source,
+            self.given,
+            wish.format,
+            shallow=bool(self.backing),
         )
 
     def _look(self, where: Destination) -> Destination:

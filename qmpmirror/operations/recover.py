@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qmpmirror.graph import Graph
     from qmpmirror.monitor import Monitor
     from qmpmirror.operations.conclusion import Result
+    from qmpmirror.operations.handle import BlockJob
     from qmpmirror.operations.onephase import OnePhaseJob
     from qmpmirror.runs import Run
     from qmpmirror.schema import Schema
@@ -199,7 +200,10 @@ async def _recover_job(  # noqa: PLR0917 - the run and all that is needed to act
         temporary = Flag.TEMPORARY in job.name.flags
         if not temporary:
             await _dismiss_created(monitor, run)
-        if state in {State.COPYING, State.MIRRORING} and way is Way.LEAVE:
+        unasked = state in {State.COPYING, State.MIRRORING}
+        if unasked and way is not Way.UNDO and (why := await _stopped(job)):
+            return attrs.evolve(finding, action=f"left: {why}")
+        if unasked and way is Way.LEAVE:
             return attrs.evolve(finding, action="left running")
         try:
             ending = _end(job, state, way) if isinstance(job, TwoPhaseJob) else _let_end(job, way)
@@ -213,12 +217,21 @@ async def _recover_job(  # noqa: PLR0917 - the run and all that is needed to act
             )
         action = done(job.name, result)
         if temporary:
-            remove_file(job.destination)
+            # Its node may be closed by now: the job that created the file knows it too.
+            remove_file(run.file.name.source if run.file else job.destination)
             await _dismiss_created(monitor, run)
             action = "put away: the copy was to be temporary"
         return attrs.evolve(finding, active=result.active, action=action, left=result.left)
     finally:
         job.job.close()
+
+
+async def _stopped(job: BlockJob) -> str:
+    """Why a job cannot go on by itself; empty when it can."""
+    info = await job.info()
+    if not info.paused or info.io_status == "ok":
+        return ""
+    return f"an I/O error has stopped it ({info.io_status}): make room, then blockjob --resume"
 
 
 async def _dismiss_created(monitor: Monitor, run: Run) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from qmpmirror import commandline, discover, disks, errors, graph, launch, names, target
 from qmpmirror import destination as places
-from qmpmirror import discover, disks, errors, graph, launch, names, target
+from qmpmirror.launch import Opened
 from qmpmirror.operations import bitmaps, layers
 from qmpmirror.operations.together import see_through
 from qmpmirror.steps import Command, attempt
@@ -106,7 +107,8 @@ async def create(
     for plan in plans:
         for last in plan.made.last:
             await attempt(monitor, last.command)
-    return SnapshotResult(tuple(map(_snapshot, plans)), left, filesystems)
+    snapshots = tuple(_snapshot(monitor, plan) for plan in plans)
+    return SnapshotResult(snapshots, left, filesystems)
 
 
 async def _carry_out(
@@ -205,6 +207,7 @@ def _commands(plans: Sequence[_Plan]) -> list[Command]:
     return [command for plan in plans for step in plan.made.steps for command in step.commands()]
 
 
-def _snapshot(plan: _Plan) -> Snapshot:
-    words = launch.options(plan.disk, plan.path, _FORMAT)
+def _snapshot(monitor: Monitor, plan: _Plan) -> Snapshot:
+    given = commandline.words(monitor.pid, plan.disk)
+    words = launch.options(plan.disk, plan.path, _FORMAT, Opened("file", plan.path, words=given))
     return Snapshot(plan.disk.name, plan.disk.path, plan.path, tuple(words))

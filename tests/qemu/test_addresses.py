@@ -269,3 +269,23 @@ def test_socket_that_a_dead_qemu_has_left(prepare: Prepare, cli: Cli) -> None:
     ran = cli("domblklist", str(vm.name))
     assert (ran.returncode, ran.stdout) == (3, "")
     assert ran.stderr.startswith(f"error: no QEMU named {vm.name!r} runs here")
+
+
+def test_a_socket_that_another_qemu_has_taken_away_is_not_its_own(
+    prepare: Prepare, qemu: QemuFactory, cli: Cli, finds: Callable[..., None]
+) -> None:
+    """Two command lines with one socket path: a name must never lead to the other guest."""
+    first = prepare()
+    first.start()
+    steal = [("-qmp", f"unix:{path},server=on,wait=off") for path in (first.qmp, first._harness)]
+    qemu(*steal[0], name="address-thief").start()
+    finds(first.name)  # it has another monitor
+    thief = qemu(*steal[0], *steal[1], name="address-thief")
+    thief.start()
+    for domain in (first.name, str(first.pid)):
+        run = cli("domblklist", domain, "--connect-timeout", "1")
+        assert (run.returncode, run.stdout) == (3, "")
+        owner = f"is the monitor of the QEMU with pid {thief.pid} now, not of {domain}"
+        assert owner in run.stderr
+    # Who gives the socket means whoever is behind it.
+    assert cli("domblklist", str(first.qmp)).returncode == 0

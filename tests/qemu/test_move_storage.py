@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,6 @@ def test_what_is_in_the_way_is_refused(
     for words, why in (
         (scene.words(), f"{base} exists already and does not hold what {layers.base} holds"),
         ([*scene.words()[:3], str(scene.folder / "no")], "there is no folder"),
-        ([*scene.words()[:3], str(layers.folder)], "is the source disk itself"),
     ):
         with unchanged(scene.chain.vm, layers.folder):
             run = cli(*words)
@@ -162,8 +162,41 @@ def test_what_is_in_the_way_is_refused(
     with unchanged(scene.chain.vm, layers.folder):
         run = cli(*scene.words())
         assert run.returncode == 4
-        assert f"{top} exists already and is not empty" in run.stderr
+        assert f"{top} exists already (if a move has left it" in run.stderr
     scene.check_untouched(there=["base.qcow2", "snap3.qcow2"])
+
+
+def test_a_disk_that_is_there_need_not_be_moved(
+    scene: Scene, cli: Cli, layers: Layers, unchanged: Unchanged
+) -> None:
+    assert cli(*scene.words()).returncode == 0
+    for folder in (scene.folder, layers.folder / "." / "new"):
+        with unchanged(scene.chain.vm, layers.folder):
+            run = cli("move-storage", scene.chain.vm.qmp, "vda", folder)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert run.stdout == f"Nothing to move: vda is in {folder} already\n"
+    scene.check_moved()
+
+
+def test_mode_and_owner_are_those_of_the_old_images(scene: Scene, cli: Cli) -> None:
+    modes = dict(zip(scene.chain.images, (0o444, 0o640, 0o666, 0o604), strict=True))
+    for path, mode in modes.items():
+        path.chmod(mode)
+        os.chown(path, 1, 2)
+    assert cli(*scene.words()).returncode == 0
+    for path, mode in modes.items():
+        status = os.stat(scene.folder / path.name)
+        assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (mode, 1, 2)
+
+
+def test_only_the_active_image_is_there(scene: Scene, cli: Cli, unchanged: Unchanged) -> None:
+    over = scene.folder / "over.qcow2"
+    spec = f"vda,file={over}"
+    cli("snapshot-create-as", scene.chain.vm.qmp, "s", "--disk-only", "--diskspec", spec)
+    with unchanged(scene.chain.vm, scene.folder):
+        run = cli(*scene.words())
+    assert (run.returncode, run.stdout) == (4, "")
+    assert f"the active image of disk 'vda' is in {scene.folder} already" in run.stderr
 
 
 def test_a_disk_without_backing_file_is_moved(boot: Boot, cli: Cli, layers: Layers) -> None:

@@ -40,7 +40,11 @@ def test_second_copy_of_a_disk_is_refused(
     why = f"disk 'vda' already has a block job: {job}"
     with unchanged(scene.vm, scene.layers.folder):
         code, stdout, stderr = scene.client("blockcopy", "vda", second, "--pivot").end()
-        assert (code, stdout, stderr) == (4, "", f"error: {why} (end that one first)\n")
+        assert (code, stdout, stderr) == (
+            4,
+            "",
+            f"error: {why} (end that one first: see qmpmirror blockjob, and qmpmirror recover)\n",
+        )
         code, stdout, stderr = scene.client("blockcopy", "vda", second, "--json").end()
         (result,) = map(json.loads, stdout.splitlines())
         assert (code, stderr) == (4, "")
