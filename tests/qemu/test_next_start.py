@@ -146,3 +146,53 @@ def _plain(creds: Path) -> Path:
     link = creds.parent / "server-creds"
     link.symlink_to(creds)
     return link
+
+
+STARTED: dict[str, tuple[list[str], list[str]]] = {
+    "drive": (
+        ["-drive", "if=none,id=d0,format=qcow2,cache=none,discard=unmap,werror=enospc,file={}"],
+        ["id=d0", "cache=none", "discard=unmap", "werror=enospc"],
+    ),
+    "blockdev": (
+        [
+            *("-blockdev", "file,node-name=f0,filename={},cache.direct=on,aio=threads,locking=on"),
+            *("-blockdev", "qcow2,node-name=d0,file=f0,discard=unmap"),
+        ],
+        ['"node-name": "d0"', '"discard": "unmap"', '"aio": "threads"', '"locking": "on"'],
+    ),
+    "one blockdev below a filter": (
+        [
+            *("-object", "throttle-group,id=tg"),
+            *("-blockdev", "qcow2,node-name=q0,discard=unmap,file.driver=file,file.filename={}"),
+            *("-blockdev", "throttle,node-name=d0,throttle-group=tg,file=q0"),
+        ],
+        ['"node-name": "q0"', '"discard": "unmap"'],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", list(STARTED))
+async def test_the_words_of_the_first_start_go_on(
+    layers: Layers, boot: Boot, connect: Connect, guest: Callable[..., Guest], how: str
+) -> None:
+    """Also after a second pivot, when QEMU itself knows nothing of the names any more."""
+    first, expected = STARTED[how]
+    device = ("-device", "virtio-blk-pci,drive=d0,id=dev0")
+    vm = boot(*(word.format(layers.snap2) for word in first), *device)
+    user, words = guest(vm), [""]
+    async with connect(vm) as machine:
+        for name in ("one", "two"):
+            copy = await machine.blockcopy("vda", layers.folder / name)
+            await copy.ready()
+            words = [*(await copy.pivot()).launch]
+            assert [word for word in expected if word not in words[-1]] == []
+        taken = await machine.snapshot({"vda": layers.folder / "three"})
+    assert [word for word in expected if word not in taken.snapshots[0].launch[-1]] == []
+    vm.stop()
+    again = words
+    if how == "one blockdev below a filter":  # the filter stays as it is
+        again = [*first[:2], *words, *first[4:]]
+    second = boot(*again, *device)
+    drives = [d for d in second.execute("query-block") if "virtio" in d.get("qdev", "")]
+    attrs.evolve(user, vm=second, drive=drives[0]).check()
+    second.stop()
