@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -86,14 +87,18 @@ class JobSession:
         if event is None:
             return
         if event.name == "BLOCK_JOB_ERROR" and event.data.get("device") == self.handle.id:
-            if event.data.get("action") == "stop" and not self._stopped:
-                self._stopped = True
-                self.output.note(
-                    f"stopped by an I/O error ({event.data.get('operation')}): make room, or mend"
-                    f" it, then blockjob --resume lets it go on, and --abort ends it"
-                )
+            if event.data.get("action") == "stop":
+                self._tell_of_stop()
         elif event.name == "JOB_STATUS_CHANGE" and event.data.get("id") == self.handle.id:
             self._stopped &= event.data.get("status") != "running"
+
+    def _tell_of_stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self.output.note(
+                "stopped by an I/O error: make room, or mend it, then blockjob --resume lets it go"
+                " on; --abort ends it"
+            )
 
     async def watch(self, *, seconds: float | None = None) -> bool | None:
         """Wait for the mirroring phase, telling how far it is.
@@ -168,6 +173,9 @@ class JobSession:
         )
 
     async def _watch(self, *, seconds: float | None) -> bool:
+        with suppress(errors.JobNotFound):
+            if (await self.handle.info()).io_status != "ok":
+                self._tell_of_stop()  # that was before we listened
         reports = self.handle.progress()
         async with progress_told(reports, self.output, verbose=self.verbose) as telling:
             in_time = await self.handle.ready(seconds=seconds)

@@ -195,14 +195,17 @@ async def _recover_job(  # noqa: PLR0917 - the run and all that is needed to act
         life = job.job.life
         state = state_of(life)
         finding = Finding(run.id, job.what, state, disk.name, job.destination, disk.path, "")
+        unasked = state in {State.COPYING, State.MIRRORING}
+        stopped = await _stopped(job) if unasked and way is not Way.UNDO else ""
         if dry_run:
-            return attrs.evolve(finding, action=intention(job.name, life.asked, state, way))
+            would = f"would be left: {stopped}" if stopped else ""
+            action = would or intention(job.name, life.asked, state, way)
+            return attrs.evolve(finding, action=action)
         temporary = Flag.TEMPORARY in job.name.flags
         if not temporary:
             await _dismiss_created(monitor, run)
-        unasked = state in {State.COPYING, State.MIRRORING}
-        if unasked and way is not Way.UNDO and (why := await _stopped(job)):
-            return attrs.evolve(finding, action=f"left: {why}")
+        if stopped:
+            return attrs.evolve(finding, action=f"left: {stopped}")
         if unasked and way is Way.LEAVE:
             return attrs.evolve(finding, action="left running")
         try:

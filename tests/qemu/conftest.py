@@ -267,3 +267,15 @@ def agent(tmp_path: Path) -> Iterator[GuestAgent]:
     yield start
     for listener in listeners:
         listener.close()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for 640 KiB, which a remount can enlarge."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, stdin=subprocess.DEVNULL).returncode:
+        pytest.skip("not permitted to mount a small tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True, stdin=subprocess.DEVNULL)

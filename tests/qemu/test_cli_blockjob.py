@@ -15,7 +15,7 @@ import pytest
 from tests.qemu.program import PINNED, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from qmpmirror.testing import Qemu
@@ -320,18 +320,6 @@ def test_pause_and_resume(scene: Scene) -> None:
     assert stderr == "error: QEMU refused job-resume: Can't resume a job that was not paused\n"
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A folder with room for 640 KiB, which a remount can enlarge."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, stdin=subprocess.DEVNULL).returncode:
-        pytest.skip("not permitted to mount a small tmpfs")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True, stdin=subprocess.DEVNULL)
-
-
 @pytest.mark.parametrize("policy", ["stop", "enospc"])
 def test_resume_when_a_full_destination_has_been_enlarged(
     scene: Scene, small: Path, guest: Callable[..., Any], policy: str
@@ -340,7 +328,9 @@ def test_resume_when_a_full_destination_has_been_enlarged(
     scene = attrs.evolve(scene, copy=small / "copy.qcow2")
     scene.start("--on-error", policy)
     until(lambda: scene.job["io-status"] == "nospace")
-    assert scene.blockjob()[1].splitlines()[-1] == "    paused, I/O status nospace"
+    assert scene.blockjob()[1].splitlines()[-1] == (
+        "    paused, I/O status nospace: make room, then --resume"
+    )
     assert scene.events()[0]["io_status"] == "nospace"
     writer.scribble()
     enlarge = ["mount", "-o", "remount,size=64m", str(small)]

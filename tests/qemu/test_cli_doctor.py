@@ -238,3 +238,18 @@ async def test_a_qemu_whose_nodes_must_not_be_looked_at(
     assert "(the block graph could not be read)" in page
     assert "backup job saved is concluded and not dismissed" in page
     assert "hazard 8: " in page
+
+
+def test_images_that_were_deleted_under_qemu(
+    scene: Scene, doctor: Callable[..., dict[str, Any]]
+) -> None:
+    scene.layers.base.unlink()
+    (problem,) = [p for p in doctor(scene.vm)["problems"] if "not there any more" in p]
+    assert problem.startswith(f"image {scene.layers.base} is not there")
+
+
+def test_the_files_of_snapshot_mode_are_no_problem(
+    boot: Boot, layers: Layers, doctor: Callable[..., dict[str, Any]]
+) -> None:
+    vm = boot("-snapshot", "-drive", f"if=virtio,format=qcow2,file={layers.snap2}")
+    assert not [p for p in doctor(vm)["problems"] if "not there any more" in p]

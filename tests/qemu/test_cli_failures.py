@@ -6,39 +6,26 @@ from __future__ import annotations
 import contextlib
 import resource
 import signal
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 from qmpmirror.testing import CommandError
-from tests.qemu.program import Gate
+from tests.qemu.program import PINNED, Gate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.qemu.conftest import Unchanged
     from tests.qemu.program import Scene
 
 
-@pytest.fixture
-def full(tmp_path: Path) -> Iterator[Path]:
-    """A folder with room for 640 KiB."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, stdin=subprocess.DEVNULL).returncode:
-        pytest.skip("not permitted to mount a small tmpfs")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True, stdin=subprocess.DEVNULL)
-
-
 @pytest.mark.parametrize("as_json", [False, True])
 def test_full_destination_fails_with_the_reason_and_spares_the_guest(
-    scene: Scene, full: Path, unchanged: Unchanged, *, as_json: bool
+    scene: Scene, small: Path, unchanged: Unchanged, *, as_json: bool
 ) -> None:
-    scene.copy = full / "copy.qcow2"
+    scene.copy = small / "copy.qcow2"
     with unchanged(scene.vm, scene.layers.folder):
         program = scene.begin("--wait", *(["--json"] if as_json else []))
         assert program.end() == 1
@@ -50,12 +37,32 @@ def test_full_destination_fails_with_the_reason_and_spares_the_guest(
             ("exit", 1),
             ("reason", reason),
             ("active", scene.source),
+            ("removed", True),
         }
     else:
         assert program.stdout == f"Copy failed: {reason}\n"
+        assert f"{scene.copy} was incomplete and has been removed\n" in program.stderr
         assert f"the guest runs on {scene.source}\n" in program.stderr
-    assert not list(full.iterdir())
+    assert not list(small.iterdir())
     scene.write("-P 0x55 1M 4k")
+
+
+def test_a_copy_that_an_error_has_stopped_says_so_at_once(scene: Scene, small: Path) -> None:
+    """Nobody should wait in silence for a job that waits for them."""
+    scene.copy = small / "copy.qcow2"
+    program = scene.begin("--wait", "--pivot", "--on-error", "stop")
+    program.until(lambda: "stopped by an I/O error: make room" in program.stderr)
+    assert program.stderr.count("stopped by an I/O error") == 1
+    program.signal(signal.SIGINT)
+    assert program.end() == 1
+    assert "interrupted: it is aborted\n" in program.stderr
+    assert not list(small.iterdir())
+
+
+def test_a_deadline_names_itself(scene: Scene) -> None:
+    code, stdout, stderr = scene.run("--pivot", "--timeout", "1", *PINNED)
+    assert (code, stdout) == (5, "Copy aborted\n")
+    assert "not there within 1 s: it is aborted\n" in stderr
 
 
 @pytest.fixture

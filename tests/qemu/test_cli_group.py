@@ -74,6 +74,10 @@ def test_diskspecs(scene: Scene, ending: str, words: str) -> None:
     code, out, err = scene.run(*specs, f"--{ending}", "--wait", "--max-freeze", "30000")
     assert (code, out) == (0, f"{words}\n"), err
     assert err.startswith("the guest's writes waited ")
+    for number in disks:
+        launch = f"vd{'ab'[number]}: the guest runs on {disks.copy(number)}; open it next time with"
+        kept = f"vd{'ab'[number]}: {disks.copy(number)} is a consistent copy\n"
+        assert (launch if ending == "pivot" else kept) in err
     assert disks.active == [disks.copy(n) if ending == "pivot" else disks.top(n) for n in disks]
     assert disks.images.info(disks.copy(0))["backing-filename"] == str(disks.folder / "base0")
     assert disks.images.info(disks.copy(1))["format"] == "qcow2"

@@ -235,3 +235,12 @@ def test_an_agent_that_fails(
     assert "stuck" in run.stderr
     # Also when the freeze was refused: some of them may be frozen.
     assert asked == ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]
+
+
+@named
+def test_a_snapshot_is_not_shown_as_a_job(chain: Chain, cli: Cli) -> None:
+    for name in ("s1", "s2"):
+        assert cli("snapshot-create-as", chain.vm.qmp, name, "--disk-only").returncode == 0
+    shown = cli("domblklist", chain.vm.qmp, "--chain").stdout
+    assert "snap3.s1" in shown
+    assert "under way" not in shown

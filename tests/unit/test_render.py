@@ -15,7 +15,7 @@ import pytest
 from qmpmirror.cli import render
 from qmpmirror.cli.render import Output, human_size, table
 from qmpmirror.life import Phase
-from qmpmirror.operations.handle import Progress
+from qmpmirror.operations.handle import Pace, Progress
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -204,6 +204,15 @@ def test_a_plain_line_comes_again_after_a_while(
         "110.0",
         "121.0",
     ]
+
+
+def test_the_first_burst_says_nothing_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job copies 16 MiB before any limit holds, and is looked at a moment later."""
+    pace, rates = Pace(), []
+    for now, offset in ((0.0, 16 * MIB), (0.5, 17 * MIB), (1.0, 18 * MIB)):
+        monkeypatch.setattr("time.monotonic", lambda now=now: now)
+        rates.append(pace.at(offset, 100 * MIB))
+    assert rates == [(0.0, None), (2 * MIB, 41.5), (2 * MIB, 41.0)]
 
 
 # --- streams ---------------------------------------------------------------------------------
