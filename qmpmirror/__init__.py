@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         JobError,
         JobFailed,
         JobNotFound,
+        MigrationFailed,
         MonitorBusy,
         NoSuchMonitor,
         NotListening,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from qmpmirror.operations.group import CopyGroup, Cut, GroupResult, Member
     from qmpmirror.operations.handle import BlockJob, Progress
     from qmpmirror.operations.image_create import Flattened
+    from qmpmirror.operations.migration import MigrateOptions, MigrationProgress, MigrationResult
     from qmpmirror.operations.move import Move
     from qmpmirror.operations.options import Options
     from qmpmirror.operations.plan import Plan
@@ -80,6 +82,9 @@ _HOMES = {
     "Machine": "machine",
     "Member": "operations.group",
     "Move": "operations.move",
+    "MigrateOptions": "operations.migration",
+    "MigrationProgress": "operations.migration",
+    "MigrationResult": "operations.migration",
     "Node": "graph",
     "Options": "operations.options",
     "Phase": "life",
@@ -128,6 +133,10 @@ __all__ = [
     "JobNotFound",
     "Machine",
     "Member",
+    "MigrateOptions",
+    "MigrationFailed",
+    "MigrationProgress",
+    "MigrationResult",
     "MonitorBusy",
     "Move",
     "NoSuchMonitor",

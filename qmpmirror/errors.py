@@ -25,6 +25,7 @@
     │   │   └── DiskBusy           the disk has a block job already
     │   └── DestinationError
     │       └── DestinationExists
+    ├── MigrationFailed            the guest did not get to the destination
     └── JobError                   a block job did not do what was asked
         ├── NotReady               not in the mirroring phase yet
         ├── EndingAlreadyAsked     somebody asked for an ending before
@@ -248,6 +249,21 @@ class DestinationError(Refused):
 
 class DestinationExists(DestinationError):
     """The destination holds something already."""
+
+
+class MigrationFailed(Error):
+    """A migration did not come to its end.
+
+    Attributes:
+        reason: why, in QEMU's words where it has said something.
+        runs_on: where the guest is now, read back from QEMU: ``source``; ``nowhere`` when no QEMU
+            runs it, and the hint says what to do; ``unknown`` when that cannot be found out.
+    """
+
+    def __init__(self, description: str, *, reason: str, runs_on: str, hint: str = "") -> None:
+        super().__init__(description, hint=hint)
+        self.reason = reason
+        self.runs_on = runs_on
 
 
 class JobError(Error):

@@ -20,6 +20,7 @@ from qmpmirror.operations import (
     blockpull,
     group,
     image_create,
+    migrate,
     move_storage,
     recover,
     snapshot,
@@ -28,6 +29,7 @@ from qmpmirror.operations import plan as planning
 from qmpmirror.operations.blockcommit import CommitOptions
 from qmpmirror.operations.findings import Way
 from qmpmirror.operations.group import MAX_FREEZE
+from qmpmirror.operations.migration import MigrateOptions
 from qmpmirror.operations.options import Options
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from qmpmirror.operations.group import CopyGroup, Member
     from qmpmirror.operations.handle import BlockJob
     from qmpmirror.operations.image_create import Flattened
+    from qmpmirror.operations.migration import MigrateKeywords, MigrationResult
     from qmpmirror.operations.move import Move
     from qmpmirror.operations.options import Keywords
     from qmpmirror.operations.plan import Plan
@@ -312,6 +315,26 @@ class Machine:
         return await move_storage.start(
             self.monitor, await self.schema(), disk, os.fspath(folder), bandwidth=bandwidth
         )
+
+    async def migrate(
+        self, destination: Machine, **options: Unpack[MigrateKeywords]
+    ) -> MigrationResult:
+        """Move the guest to another QEMU that waits for it and does not share its storage.
+
+        The disks go by NBD and ``blockdev-mirror``, the memory by ``migrate``. Cancelling this, or
+        any error before the switch, leaves the guest running here; from then on (milliseconds) it
+        is seen through.
+
+        Args:
+            destination: a QEMU started with ``-incoming defer`` and the same guest hardware.
+            options: the fields of `MigrateOptions`, such as ``incremental=True``.
+
+        Raises: as `blockcopy`.
+            MigrationFailed: it failed; `MigrationFailed.runs_on` says where the guest is.
+        """
+        here = self.monitor, await self.schema()
+        there = destination.monitor, await destination.schema()
+        return await migrate.migrate(here, there, MigrateOptions(**options))
 
     async def plan_blockcopy(
         self, disk: str, destination: str | os.PathLike[str], options: Options

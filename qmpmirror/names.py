@@ -29,6 +29,7 @@ import attrs
 PREFIX = "qmpmirror-"
 RUN_LENGTH = 8
 GROUP_LENGTH = 6
+_ARRIVAL = "incoming"
 _SEPARATOR = "_."
 _BASE = "_-"
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -58,6 +59,10 @@ class Flag(enum.Enum):
     BITMAPS = "m"
     TEMPORARY = "t"
     MOVE = "v"
+    EVENTS_WERE_OFF = "z"
+    RETURN_PATH_WAS_OFF = "y"
+    PAUSE_WAS_OFF = "w"
+    BITMAPS_WERE_OFF = "u"
 
 
 class Mark(enum.Enum):
@@ -107,7 +112,7 @@ class JobName:
     @property
     def has_two_phases(self) -> bool:
         """Whether the job follows the guest until it is told to end."""
-        return self.verb == "copy" or Flag.ACTIVE in self.flags
+        return self.verb in {"copy", "migrate"} or Flag.ACTIVE in self.flags
 
     @property
     def target_node(self) -> str:
@@ -156,6 +161,25 @@ def group_of(run: str) -> str:
 def node_name(run: str, role: str) -> str:
     """The name of a run's node; ``role`` is ``format``, ``storage``, ``slice`` and the like."""
     return f"{PREFIX}{run}-{role}"
+
+
+def arrival_role(*, runs: bool, flags: frozenset[Flag]) -> str:
+    """The role of the node by which a destination remembers a migration to it.
+
+    Args:
+        runs: whether the guest is to run there once it has arrived.
+        flags: which of the migration's capabilities were off before.
+    """
+    known = "".join(flag.value for flag in Flag if flag in flags)
+    return f"{_ARRIVAL}{'r' if runs else ''}{known}"
+
+
+def parse_arrival(role: str) -> tuple[bool, frozenset[Flag]] | None:
+    """What `arrival_role` was told; None for any other role."""
+    if not role.startswith(_ARRIVAL):
+        return None
+    letters = role.removeprefix(_ARRIVAL)
+    return "r" in letters, frozenset(flag for flag in Flag if flag.value in letters.strip("r"))
 
 
 def bitmap_name(run: str, mark: Mark) -> str:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Concatenate, Generic, overload
 
-    from typing_extensions import ParamSpec, Self
+    from typing_extensions import ParamSpec, Self, Unpack
 
     from qmpmirror.operations import (
         blockcommit,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         copy,
         group,
         handle,
+        migration,
         move,
         onephase,
         twophase,
@@ -201,6 +202,10 @@ if TYPE_CHECKING:
         snapshot = _of(machine.Machine.snapshot)
         image_create = _of(machine.Machine.image_create)
         move_storage = _of(machine.Machine.move_storage)
+
+        def migrate(
+            self, destination: Machine, **options: Unpack[migration.MigrateKeywords]
+        ) -> migration.MigrationResult: ...
 
 
 def _opens(connect: abc.Callable[P, abc.Awaitable[machine.Machine]]) -> abc.Callable[P, Machine]:

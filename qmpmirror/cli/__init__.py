@@ -25,6 +25,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "backup": ("backup", "make consistent copies of one disk, or of several at one instant"),
     "image-create": ("imaging", "make one image of a live disk, its whole chain in it"),
     "move-storage": ("moving", "move a live disk with its whole chain into another folder"),
+    "migrate": ("migrate", "move a guest and its storage to a second QEMU"),
     "snapshot-create-as": ("snapshot", "put an overlay over the disks, all at one instant"),
     "recover": ("recover", "finish or undo what an interrupted run has left"),
     "doctor": ("doctor", "show on one page what a bug report needs, and what looks wrong"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from qmpmirror.life import Phase
     from qmpmirror.operations.handle import Progress
+    from qmpmirror.operations.migration import MigrationProgress
 
 _PLAIN_SECONDS: Final = 10.0
 _STEP: Final = 1024
@@ -33,7 +34,7 @@ class Output:
         self._label = label
         self._line_open = False
         self._plain_next = 0.0
-        self._plain_phase: Phase | None = None
+        self._plain_phase: Phase | str | None = None
 
     def say(self, message: str) -> None:
         """A message of virsh's, on stdout."""
@@ -58,7 +59,7 @@ class Output:
         if self.as_json:
             _write(json.dumps({"event": event, **fields}) + "\n", sys.stdout)
 
-    def progress(self, progress: Progress) -> None:
+    def progress(self, progress: Progress | MigrationProgress) -> None:
         """One line that is drawn over again on a terminal; plain lines now and then elsewhere."""
         if self.as_json:
             return
@@ -66,7 +67,7 @@ class Output:
         if sys.stderr.isatty():
             _write(f"\r{line}\x1b[K", sys.stderr)
             self._line_open = True
-        elif time.monotonic() >= self._plain_next or progress.phase is not self._plain_phase:
+        elif time.monotonic() >= self._plain_next or progress.phase != self._plain_phase:
             _write(line + "\n", sys.stderr)
             self._plain_next = time.monotonic() + _PLAIN_SECONDS
             self._plain_phase = progress.phase
@@ -110,7 +111,7 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "".join(padded).rstrip()
 
 
-def _details(progress: Progress) -> str:
+def _details(progress: Progress | MigrationProgress) -> str:
     if progress.io_status != "ok":
         return f" stopped by an I/O error ({progress.io_status}); blockjob --resume lets it go on"
     if not progress.length:

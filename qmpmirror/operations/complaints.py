@@ -114,7 +114,9 @@ def _targets(found: Checkup) -> Iterator[str]:
 
 
 def _needs_backing(run: Run) -> bool:
-    flags = run.job.name.flags if run.job is not None else frozenset()
+    if run.job is None or run.job.name.verb == "migrate":  # an NBD node: its other end has it
+        return False
+    flags = run.job.name.flags
     return Flag.SHALLOW in flags and not flags & {Flag.LATE_CHAIN, Flag.DRIVE_MIRROR}
 
 

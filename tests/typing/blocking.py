@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing_extensions import assert_type
 
-from qmpmirror import Disk, Finding, JobInfo, Progress, Result, sync
+from qmpmirror import Disk, Finding, JobInfo, MigrationResult, Progress, Result, sync
 
 
 def use() -> None:
@@ -25,6 +25,7 @@ def use() -> None:
         commit = vm.blockcommit("vda", active=True)
         assert_type(commit, sync.ActiveCommit | sync.InnerCommit)
         assert_type(vm.blockjob("vda"), sync.BlockJob | None)
+        assert_type(vm.migrate(vm, incremental=True), MigrationResult)
 
 
 def misuse(vm: sync.Machine) -> None:

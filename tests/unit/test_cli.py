@@ -208,6 +208,7 @@ CODES: dict[type[errors.Error], Exit] = {
     errors.EndingAlreadyAsked: Exit.REFUSED,
     errors.JobNotFound: Exit.REFUSED,
     errors.JobFailed: Exit.FAILED,
+    errors.MigrationFailed: Exit.FAILED,
 }
 
 

@@ -104,6 +104,7 @@ def examples() -> list[Error]:
         errors.EndingAlreadyAsked("what", job_id="j"),
         errors.JobNotFound("what", job_id="j"),
         errors.JobFailed("what", job_id="j", reason="No", authoritative="/a"),
+        errors.MigrationFailed("what", reason="No", runs_on="source"),
     ]
 
 
@@ -148,6 +149,7 @@ FIELDS: dict[str, dict[str, object]] = {
     "DestinationExists": {"destination": "/x"},
     "NotReady": {"job_id": "j"},
     "JobFailed": {"job_id": "j", "reason": "No", "authoritative": "/a"},
+    "MigrationFailed": {"reason": "No", "runs_on": "source"},
 }
 
 

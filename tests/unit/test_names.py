@@ -185,3 +185,15 @@ def test_a_node_name_does_not_hide_a_job() -> None:
     """A source that looks like a name of ours cannot be mistaken for one."""
     nested = JobName("copy", RUN, frozenset({Flag.SHALLOW}), f"qmpmirror-copy-{RUN}-s-vda")
     assert names.parse_job(str(nested)) == nested
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_destination_remembers_how_it_was(runs: bool) -> None:
+    off = frozenset({Flag.EVENTS_WERE_OFF, Flag.RETURN_PATH_WAS_OFF, Flag.BITMAPS_WERE_OFF})
+    for flags in (frozenset[Flag](), off):
+        role = names.arrival_role(runs=runs, flags=flags)
+        assert names.parse_arrival(role) == (runs, flags)
+        name = names.node_name(RUN, role)
+        assert names.parse_node(name) == (RUN, role)
+        assert len(name) <= 31
+    assert names.parse_arrival("format") is None
