@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from qmpmirror.machine import Machine
+
 
 def parser() -> words.Parser:
     """The command's parser."""
@@ -53,7 +55,7 @@ async def _recover(arguments: argparse.Namespace, output: Output) -> int:
     way = Way.FINISH if arguments.finish else Way.UNDO if arguments.undo else Way.LEAVE
     async with await open_machine(arguments) as vm:
         findings = await vm.recover(way, dry_run=arguments.dry_run)
-        disks = await vm.disks()
+        disks = await vm.disks() if await _has_guest(vm) else []
     if not findings:
         output.say("Nothing to recover")
     for found in findings:
@@ -81,3 +83,11 @@ async def _recover(arguments: argparse.Namespace, output: Output) -> int:
     active = {disk.name: disk.path for disk in disks if disk.image is not None}
     output.event("result", outcome="done", exit=int(code), active=active)
     return code
+
+
+async def _has_guest(vm: Machine) -> bool:
+    """Whether its disks are in use here: the guest may have moved away, or is still to come."""
+    if not (await vm.schema()).has_command("query-status"):
+        return True
+    status = await vm.monitor.execute("query-status")
+    return status["status"] not in {"inmigrate", "postmigrate"}

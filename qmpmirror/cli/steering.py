@@ -148,6 +148,12 @@ def _with_two_phases(handle: BlockJob) -> TwoPhaseJob:
         raise errors.Refused(
             f"job {handle.id} is a {handle.what} of one phase: it ends by itself, nothing pivots"
         )
+    parsed = names.parse_job(handle.id)
+    if parsed is not None and parsed.verb == "migrate":
+        raise errors.Refused(
+            f"job {handle.id} belongs to a migration, which alone may end it",
+            hint="--abort makes the migration fail, and the guest runs on here",
+        )
     if not isinstance(handle, TwoPhaseJob):
         raise errors.Refused(
             f"job {handle.id} was not started by qmpmirror: it can be shown, limited, paused and"

@@ -44,6 +44,8 @@ async def attach(monitor: Monitor, schema: Schema, disk_name: str) -> BlockJob |
     disk = disks.find(await disks.read(monitor, picture, folder), disk_name)
     for run in found:
         if run.job is not None and _is_on(run, run.job, disk):
+            if run.job.name.verb == "migrate":
+                break  # only the migration ends it well: what can be done is what others' jobs let
             return await attach_ours(monitor, schema, picture, run, disk)
     foreign = _foreign(picture, disk, infos)
     if foreign is None:

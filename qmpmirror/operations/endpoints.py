@@ -8,6 +8,8 @@ import re
 import shutil
 import socket
 import tempfile
+from glob import escape as glob_escape
+from glob import glob
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -17,12 +19,11 @@ from qmpmirror import discover, errors
 if TYPE_CHECKING:
     from qmpmirror.monitor import Monitor
 
-FOLDER: Final = "qmpmirror-migrate-"
-"""How the folder of the sockets is called, in the beginning."""
-
 LOOPBACK: Final = "127.0.0.1"
-_LONGEST: Final = 107
-"""Bytes of a unix socket's path on Linux."""
+_FOLDER: Final = "qmpmirror-migrate-"
+_SHORT: Final = "/tmp"  # noqa: S108 - the folders in it are private
+_LONGEST: Final = 60
+"""Bytes of a folder's path that leave room for those of a unix socket in it (107 in all)."""
 
 _TCP: Final = re.compile(r"tcp:(?://)?(?:\[(?P<six>[^]]+)\]|(?P<host>[^:/\[\]]+)):(?P<port>\d+)")
 _UNIX: Final = re.compile(r"unix:(?://)?(?P<path>/.+)")
@@ -89,9 +90,23 @@ class Endpoints:
 
 
 def choose(
-    source: Monitor, destination: Monitor, disks_uri: str, memory_uri: str, *, tls: bool
+    group: str,
+    source: Monitor,
+    destination: Monitor,
+    disks_uri: str,
+    memory_uri: str,
+    *,
+    tls: bool,
 ) -> Endpoints:
     """Both addresses: those that the user gave, else unix sockets, or TCP with TLS.
+
+    Args:
+        group: the migration's id.
+        source: one side.
+        destination: the other one.
+        disks_uri: where the disks are to be offered; empty for a choice of ours.
+        memory_uri: where the memory is to be waited for; empty likewise.
+        tls: whether TLS is wanted.
 
     Raises:
         UsageError: an address makes no sense, or TLS is to go over a unix socket.
@@ -114,7 +129,7 @@ def choose(
             hint=f"give --{' and --'.join(missing)}",
         )
     if missing and not tls:
-        folder = _private_folder(destination.pid)
+        folder = _private_folder(group, destination.pid)
         for option in missing:
             given[option] = Endpoint(path=os.path.join(folder, option))
     elif missing:
@@ -123,19 +138,19 @@ def choose(
     return Endpoints(given["disks-uri"], given["migrateuri"], folder)
 
 
-def remove_folder_of(path: str) -> None:
-    """Remove the private folder that a socket is in, if it is one of ours."""
-    folder = os.path.dirname(path)
-    if os.path.basename(folder).startswith(FOLDER):
-        shutil.rmtree(folder, ignore_errors=True)
+def remove_folders(group: str) -> None:
+    """Remove the private folder of an interrupted migration, if it is on this host."""
+    for parent in {tempfile.gettempdir(), _SHORT}:
+        for folder in glob(os.path.join(glob_escape(parent), f"{_FOLDER}{group}-*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _private_folder(pid: int | None) -> str:
+def _private_folder(group: str, pid: int | None) -> str:
     """A folder for the sockets that nobody else can enter; the destination creates them in it."""
     parent = tempfile.gettempdir()
-    if len(os.fsencode(parent)) + len(FOLDER) + 2 * len("disks-uri") > _LONGEST:
-        parent = "/tmp"  # noqa: S108 - the folder in it is private
-    folder = tempfile.mkdtemp(prefix=FOLDER, dir=parent)
+    if len(os.fsencode(parent)) > _LONGEST:
+        parent = _SHORT
+    folder = tempfile.mkdtemp(prefix=f"{_FOLDER}{group}-", dir=parent)
     owner = os.stat(f"/proc/{pid}").st_uid
     if os.geteuid() == 0 and owner != 0:
         os.chown(folder, owner, -1)

@@ -41,7 +41,7 @@ class Finding:
 
     Attributes:
         run: its id.
-        what: ``copy``, ``commit``, ``pull`` or ``snapshot``.
+        what: ``copy``, ``commit``, ``pull``, ``snapshot`` or ``migration``.
         state: how far it had come.
         disk: the disk's name; empty when the run had not come so far.
         destination: where its data goes.

@@ -7,6 +7,7 @@ the guest runs when the source is known to have let it go, and the exports are c
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from qmpmirror.operations.migration_plan import DiskMove, MigrationPlan, Side
 
 _TAKEN = "already running"
+_ENDING_CHECKS = 40
+_ENDING_PAUSE = 0.05
 
 
 @attrs.define(eq=False)
@@ -33,12 +36,14 @@ class Incoming:
         plan: the plan.
         endpoints: where both sides meet.
         undo: what makes it wait again as it did before.
+        remembers: what makes it forget the migration.
         doomed: whether it has begun to wait for the memory: if that does not come, QEMU ends.
     """
 
     plan: MigrationPlan
     endpoints: Endpoints
     undo: Undo = attrs.field(factory=Undo, init=False)
+    remembers: Undo = attrs.field(factory=Undo, init=False)
     doomed: bool = attrs.field(default=False, init=False)
 
     @property
@@ -63,7 +68,7 @@ class Incoming:
             Refused: somebody else's NBD server runs there, or a bitmap would be there twice.
         """
         # It comes first: by it a later process knows that the NBD server is ours.
-        await self._step(*_marker(self.plan.marker))
+        await Execute(*_marker(self.plan.marker)).run(self.monitor, self.remembers)
         if self.plan.options.tls_creds:
             name = self.plan.moves[0].tls
             made = tls_object(self._side.schema, name, self.plan.options.tls_creds, "server")
@@ -88,9 +93,31 @@ class Incoming:
         await self.monitor.execute("migrate-incoming", {"uri": str(self.endpoints.memory)})
 
     async def take_back(self) -> tuple[str, ...]:
-        """Close the exports and all else, unless it has ended; what could not be done."""
-        left = await self.undo.run()
-        return () if self.has_ended else tuple(f"destination: {what}" for what in left)
+        """Leave everything as it was, unless it has ended; what could not be done."""
+        return await self.close_offers() + await self.forget()
+
+    async def close_offers(self) -> tuple[str, ...]:
+        """Close the exports and all else; it still remembers the migration."""
+        return await self._run(self.undo)
+
+    async def forget(self) -> tuple[str, ...]:
+        """Forget the migration: what is to be said of it has been said."""
+        return await self._run(self.remembers)
+
+    async def _run(self, undo: Undo) -> tuple[str, ...]:
+        if self.monitor.loss is None:
+            return tuple(f"destination: {what}" for what in await undo.run())
+        if await self.is_gone():
+            return ()
+        return ("destination: it is not reached any more; qmpmirror recover there",)
+
+    async def is_gone(self) -> bool:
+        """Whether its process is known to have ended; it hangs up a moment before."""
+        for _ in range(_ENDING_CHECKS):
+            if self.has_ended:
+                return True
+            await asyncio.sleep(_ENDING_PAUSE)
+        return self.has_ended
 
     async def run_guest(self) -> bool:
         """Let the guest run; whether it does."""

@@ -49,6 +49,7 @@ async def migrate(
     """Move a guest; see `Machine.migrate`."""
     plan = await migration_checks.plan(source, destination, options)
     endpoints = choose(
+        plan.group,
         source[0],
         destination[0],
         options.disks_uri,
@@ -154,6 +155,11 @@ class _Migration:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _check(self) -> None:
+        if self.destination.monitor.loss is not None and self.source.migration:
+            # It ends when the migration is cancelled: then that is the reason.
+            await self.source.look()
+            if self.source.status in {"cancelling", "cancelled"}:
+                raise _failed(self.source.migration)
         self._raise_if_lost()
         for job in self.source.jobs:
             if job.life.concluded:
@@ -219,9 +225,11 @@ class _Migration:
     def _explained(self, error: BaseException, left: tuple[str, ...]) -> BaseException:
         """The error, with what was left, and what is to be known of both sides."""
         if isinstance(error, errors.CommandFailed):
-            what = f"the {self._side} refused {error.command}: {error.reason}"
-            if self.destination.doomed:
-                reason = error.reason
+            reason = error.reason
+            what = f"the {self._side} refused {error.command}: {reason}"
+            lost = self.destination.has_ended or self.destination.monitor.loss is not None
+            if lost or self.destination.doomed:
+                what = f"the destination was lost: {reason}" if lost else what
                 error = errors.MigrationFailed(what, reason=reason, runs_on="source")
             else:
                 error = errors.Refused(what)
@@ -249,10 +257,11 @@ class _Migration:
         await self._continue()
         left = await self.source.forget()
         await self._arrived()
-        left += await self.destination.take_back()
+        left += await self.destination.close_offers()
         if self.destination.monitor.loss is not None:
             await self._bring_back(self.destination.monitor.loss.description)
         running = self.plan.running and await self._run_guest()
+        left += await self.destination.forget()
         return self._result(left, running=running)
 
     async def _run_guest(self) -> bool:
@@ -313,7 +322,7 @@ class _Migration:
 
     async def _bring_back(self, reason: str) -> None:
         """The destination is lost, and has never let the guest run: the source has all of it."""
-        ended = self.destination.has_ended
+        ended = await self.destination.is_gone()
         runs = False
         if ended and self.plan.running:
             runs = await let_run(self.source.monitor, running=True)
@@ -351,10 +360,10 @@ async def _settled(task: asyncio.Task[MigrationResult]) -> None:
 
 
 def _failed(migration: Mapping[str, Any]) -> errors.MigrationFailed:
-    status = migration.get("status", "failed")
-    reason = migration.get("error-desc", "") or {"cancelled": "somebody else cancelled it"}.get(
-        status, "QEMU does not say why; see what the destination's QEMU has printed"
-    )
+    reason = migration.get("error-desc", "")
+    if migration.get("status") in {"cancelling", "cancelled"}:
+        reason = "somebody else cancelled it"
+    reason = reason or "QEMU does not say why; see what the destination's QEMU has printed"
     return errors.MigrationFailed(
         f"the memory did not get to the destination: {reason}", reason=reason, runs_on="source"
     )

@@ -81,7 +81,8 @@ def _check_states(here: Side, there: Side) -> None:
             hint="start it with -incoming defer",
         )
     state = here.status["status"]
-    if state in {"inmigrate", "postmigrate"}:
+    gone = state == "postmigrate" and here.migration.get("status") == "completed"
+    if state == "inmigrate" or gone:
         raise errors.Refused(f"the source has no guest of its own: its state is {state}")
     if here.migration.get("status") in MOVING:
         raise errors.Refused("a migration of the source is under way already")

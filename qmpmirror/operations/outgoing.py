@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.5
 _PAUSE_SECONDS = 0.02
+_SETUP_SECONDS = 5.0
+_CANCEL_SECONDS = 1.0
 
 
 @attrs.define(eq=False)
@@ -44,7 +47,7 @@ class Outgoing:
         endpoints: where both sides meet.
         undo: what leaves it as it was, with the guest running on.
         jobs: the mirrors.
-        ending: whether the mirrors were told to end.
+        suspended: the node that says that we have stopped the vCPUs; it is deleted last.
         migration: the last reply of ``query-migrate``.
     """
 
@@ -52,7 +55,7 @@ class Outgoing:
     endpoints: Endpoints
     undo: Undo = attrs.field(factory=Undo, init=False)
     jobs: list[Job] = attrs.field(factory=list, init=False)
-    ending: bool = attrs.field(default=False, init=False)
+    suspended: str = attrs.field(default="", init=False)
     migration: Mapping[str, Any] = attrs.field(factory=dict, init=False)
 
     @property
@@ -141,6 +144,7 @@ class Outgoing:
 
     async def suspend(self) -> None:
         """Stop the vCPUs, marked so that a later process lets them go on."""
+        self.suspended = self.plan.moves[0].node
         for step in stop_marks(self.plan.moves[0].job):
             await step.run(self.monitor, self.undo)
         self.undo.command(self.monitor, Command("cont"))
@@ -168,7 +172,6 @@ class Outgoing:
         Raises:
             MigrationFailed: one did not get its disk over.
         """
-        self.ending = True
         for job in self.jobs:
             if not job.life.mirrored:
                 raise _not_over(f"{job.id} does not mirror")
@@ -184,7 +187,8 @@ class Outgoing:
             if error := await self.error_of(job):
                 raise _not_over(error)
         for move in self.plan.moves:
-            await self.monitor.execute("blockdev-del", {"node-name": move.node})
+            if move.node != self.suspended:
+                await self.monitor.execute("blockdev-del", {"node-name": move.node})
 
     async def error_of(self, job: Job) -> str:
         """Why a mirror that has ended has failed; empty if it has not."""
@@ -207,6 +211,8 @@ class Outgoing:
             for move in self.plan.moves:
                 undo.command(self.monitor, Command("object-del", {"id": move.tls}))
             undo.command(self.monitor, Command("migrate-set-parameters", {"tls-creds": ""}))
+        if self.suspended:
+            undo.command(self.monitor, Command("blockdev-del", {"node-name": self.suspended}))
         for job in self.jobs:
             job.close()
             undo.command(self.monitor, Command("job-dismiss", {"id": job.id}))
@@ -225,8 +231,17 @@ class Outgoing:
 
 async def cancel_migration(monitor: Monitor) -> None:
     """Take back a migration that is under way, before its switch, and wait until it has ended."""
-    while (await monitor.execute("query-migrate")).get("status") in MOVING:
-        await attempt(monitor, Command("migrate_cancel"))
+    patience = time.monotonic() + _SETUP_SECONDS
+    while (status := (await monitor.execute("query-migrate")).get("status")) in MOVING:
+        late = time.monotonic() > patience
+        if status == "cancelling" and late:
+            # QEMU 5.2 can miss a cancellation that comes just when it pauses: it waits for ever.
+            await attempt(monitor, Command("migrate-continue", {"state": "cancelling"}))
+            patience += _SETUP_SECONDS
+        # QEMU 11.1 hangs for ever when it is cancelled while it connects.
+        elif status != "cancelling" and (status != "setup" or late):
+            await attempt(monitor, Command("migrate_cancel"))
+            patience = time.monotonic() + _CANCEL_SECONDS
         await asyncio.sleep(_PAUSE_SECONDS)
 
 

@@ -28,6 +28,7 @@ from qmpmirror.operations.findings import (
 )
 from qmpmirror.operations.group import CopyGroup
 from qmpmirror.operations.leftovers import close_replaced, tidy, undo_creation
+from qmpmirror.operations.migration_recovery import interrupted, recover_migrations
 from qmpmirror.operations.onephase import put_away
 from qmpmirror.operations.release import release_all
 from qmpmirror.operations.twophase import TwoPhaseJob
@@ -67,6 +68,7 @@ async def recover(
     findings = await _put_away_pulls(monitor, dry_run=dry_run)
     if findings and dry_run:
         return findings  # some QEMUs crash when more is asked now
+    findings += await _end_migrations(monitor, findings, way, dry_run=dry_run)
     picture, found = await _read(monitor, findings, dry_run=dry_run)
     if not dry_run and await release_all(monitor, found):
         picture, found = await _read(monitor, findings)
@@ -90,10 +92,30 @@ async def recover(
     return findings
 
 
+async def _end_migrations(
+    monitor: Monitor, findings: list[Finding], way: Way, *, dry_run: bool
+) -> list[Finding]:
+    picture, found = await _look(monitor, findings, dry_run=dry_run)
+    migrations = interrupted(found)
+    if not migrations:
+        return []
+    known = await disks.read(monitor, picture, discover.working_folder(monitor.pid))
+    return await recover_migrations(monitor, picture, migrations, known, way, dry_run=dry_run)
+
+
 async def _read(
     monitor: Monitor, findings: list[Finding], *, dry_run: bool = False
 ) -> tuple[Graph, list[Run]]:
-    """Look at the graph, when pulls that have ended meanwhile are out of the way."""
+    """The block graph, and our runs in it that are no part of a migration."""
+    picture, found = await _look(monitor, findings, dry_run=dry_run)
+    theirs = {run.id for each in interrupted(found) for run in each.runs}
+    return picture, [run for run in found if run.id not in theirs]
+
+
+async def _look(
+    monitor: Monitor, findings: list[Finding], *, dry_run: bool
+) -> tuple[Graph, list[Run]]:
+    """The block graph and our runs, when pulls that have ended meanwhile are out of the way."""
     while True:
         try:
             return await runs.read(monitor)
