@@ -7,7 +7,9 @@ PYTEST := $(VENV)/bin/pytest
 QEMUS = $(shell scripts/fetch-qemu --list 2>/dev/null | sort -V | cut -f2)
 OLDEST_AND_NEWEST = $(firstword $(QEMUS)) $(lastword $(QEMUS))
 MORE_TESTS := tests/docs/test_docs.py $(addprefix tests/qemu/test_, creation_options.py sparseness.py network_servers.py \
-	network_drivers.py image_sizes.py next_start.py carried_options.py destination_refusals.py)
+	network_drivers.py image_sizes.py next_start.py carried_options.py destination_refusals.py \
+	blockcommit.py blockpull.py snapshot.py recipes.py move_storage.py migrate.py migrate_failures.py cli_migrate.py)
+ON_ALL_VERSIONS := $(addprefix tests/guest/test_, group.py verbs.py migrate.py)
 VERSIONS_TESTS := tests/qemu/test_hazards.py tests/qemu/test_hazards_elsewhere.py tests/guest
 
 .PHONY: help demo test test-fast test-more test-versions test-matrix check docs package venv system guest qemus clean
@@ -22,9 +24,9 @@ test: check test-fast  ## linters, types, and the quick tests on the system's QE
 
 test-fast: venv guest
 	@scripts/install-packages tests
-	$(PYTEST) -n 2 --dist worksteal -m "not slow" $(addprefix --ignore=,$(MORE_TESTS)) tests
+	$(PYTEST) -n 2 --dist worksteal -m "not slow" $(addprefix --ignore=,$(MORE_TESTS) $(ON_ALL_VERSIONS)) tests
 
-test-more: venv guest  ## every kind of destination, and every example of the documentation
+test-more: venv guest  ## every kind of destination, the other verbs, and every example of the documentation
 	@scripts/install-packages tests
 	$(PYTEST) -n 2 --dist worksteal -m "not slow" $(MORE_TESTS)
 
