@@ -105,11 +105,12 @@ class Incoming:
         return await self._run(self.remembers)
 
     async def _run(self, undo: Undo) -> tuple[str, ...]:
+        left: tuple[str, ...] = ("it is not reached any more; qmpmirror recover there",)
         if self.monitor.loss is None:
-            return tuple(f"destination: {what}" for what in await undo.run())
-        if await self.is_gone():
+            left = await undo.run()
+        if left and await self.is_gone():
             return ()
-        return ("destination: it is not reached any more; qmpmirror recover there",)
+        return tuple(f"destination: {what}" for what in left)
 
     async def is_gone(self) -> bool:
         """Whether its process is known to have ended; it hangs up a moment before."""
