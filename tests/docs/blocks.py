@@ -46,7 +46,7 @@ _FENCE = re.compile(
 _PLACES = re.compile(r"(?<![\w./])/(vm|export|b)(?=[/\s\"',]|$)")
 _NUMBER = re.compile(r"\d+(?:\\\.\d+)?")
 _RULE = re.compile(r"^(?:\\-)+$")
-_PROGRESS = re.compile(r"^Block \w+: \[.*\n?", re.MULTILINE)
+_PROGRESS = re.compile(r"^(?:Block \w+|Migration): \[.*\n?", re.MULTILINE)
 _SCENE = """
 qemu-img create -q -f qcow2 /vm/base.qcow2 16M
 qemu-io -c 'write -q -P 1 0 1M' /vm/base.qcow2
