@@ -126,9 +126,13 @@ async def test_every_command_may_be_the_clients_last(
         interrupted, command = await run_client(scene, turn, ending, how)
         # A disk that stands still would stop the guest: the watchdog comes before recover.
         running = acknowledged(scene.serial)
-        async with qmpmirror.connect(str(scene.vm.qmp)) as machine:
-            findings = await machine.recover(way)
-            assert await machine.recover() == []
+        try:
+            async with qmpmirror.connect(str(scene.vm.qmp)) as machine:
+                findings = await machine.recover(way)
+                assert await machine.recover() == []
+        except qmpmirror.Error as error:
+            where = f"turn {turn}, {how} at {command}, {scene.vm.returncode}: {scene.vm.tail()}"
+            raise AssertionError(where) from error
         after = acknowledged(scene.serial)
         try:
             await until_acknowledged(scene.serial, after + 10)
