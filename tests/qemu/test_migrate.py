@@ -202,6 +202,27 @@ async def test_a_suspended_guest_runs_on_after_a_failure(
     pair.check_stayed()
 
 
+async def test_the_vcpus_stand_still_while_a_mirror_starts_where_that_is_needed(
+    boot: Boot, layers: Layers, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on QEMU 8.2 to 10.0.9, which miss the writes of that instant."""
+
+    async def does(*_: object) -> bool:
+        return True
+
+    monkeypatch.setattr("qmpmirror.operations.migration_checks.misses_writes_at_start", does)
+    pair = make(boot, layers, disks=2)
+    async with connect(pair.source) as source, connect(pair.destination) as destination:
+        events: list[str] = []
+        source.monitor.subscribe(lambda event: events.append(event.name if event else ""))
+        await source.migrate(destination)
+    assert [name for name in events if name in {"STOP", "RESUME"}] == [
+        *("STOP", "RESUME") * 2,
+        "STOP",
+    ]
+    pair.check_moved()
+
+
 def second_of(layers: Layers, size: str = "8M", **options: Any) -> Path:
     return layers.images.create(layers.folder / "other", size, **options)
 
