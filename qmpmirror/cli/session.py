@@ -248,9 +248,7 @@ class JobSession:
         pid = self.handle.monitor.pid
         if pid is not None and await _has_ended(pid):
             what = f"QEMU (pid {pid}) has ended"
-            advice = (
-                f"{source} holds all that the guest wrote; {destination} is not complete: remove it"
-            )
+            advice = f"{source} holds all that the guest wrote; {destination} is not complete"
             if pivoting:
                 advice = (
                     f"the guest was being switched: {destination} holds all that it wrote if the"

@@ -29,6 +29,12 @@ BLOCKDEV = (
 PINNED = ("--bandwidth", "1", "--bytes", "--buf-size", "65536")
 """Holds a copy in the copying phase."""
 
+GOES_ON = "blockjob shows it and ends it: --watch, --pivot, --abort\n"
+"""What is said of a copy that is left running."""
+
+HINT = "--finish ends what is left running as it was meant to end, --undo aborts it\n"
+"""What `recover` says of one."""
+
 DEADLINE = 60
 
 

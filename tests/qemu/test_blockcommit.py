@@ -283,6 +283,7 @@ def test_timeout_aborts(chain: Chain, cli: Cli) -> None:
     run = cli("blockcommit", chain.vm.qmp, "vda", *words)
     assert (run.returncode, run.stdout) == (5, "Commit aborted\n")
     assert run.stderr == (
+        "not there within 0.5 s: it is aborted\n"
         f"{chain.images[3]} is whole; the next time goes on with what was done by now\n"
     )
     assert chain.active == chain.paths(3, 2, 1, 0)

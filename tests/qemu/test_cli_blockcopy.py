@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.qemu.program import BLOCKDEV, DRIVE, PINNED
+from tests.qemu.program import BLOCKDEV, DRIVE, GOES_ON, PINNED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +68,8 @@ def test_messages_and_outcomes(
     speed = PINNED if state == "runs" else ()
     code, stdout, stderr = scene.run(*depth, *ending, *speed)
     assert (code, stdout) == (0, f"{message}\n")
-    assert bool(stderr) is (state == "pivoted")
+    assert (stderr == GOES_ON) is (state in {"runs", "ready"})
+    assert bool(stderr) is (state != "finished")
     if state in {"runs", "ready"}:
         assert scene.job["status"] == {"runs": "running"}.get(state, state)
         assert scene.active[0] == scene.source
@@ -128,14 +129,16 @@ def test_timeout_aborts_and_removes_the_incomplete_file(scene: Scene, unchanged:
     with unchanged(scene.vm, scene.layers.folder):
         code, stdout, stderr = scene.run(*PINNED, "--timeout", "0.5")
     assert (code, stdout) == (5, "Copy aborted\n")
-    assert stderr == f"{scene.copy} was incomplete and has been removed\n"
+    why = "not there within 0.5 s: it is aborted\n"
+    assert stderr == f"{why}{scene.copy} was incomplete and has been removed\n"
 
 
 def test_empty_file_of_the_user_is_never_removed(scene: Scene) -> None:
     scene.copy.touch()
     code, stdout, stderr = scene.run(*PINNED, "--timeout", "0.5")
     assert (code, stdout) == (5, "Copy aborted\n")
-    assert stderr == f"{scene.copy} is incomplete: do not use it\n"
+    why = "not there within 0.5 s: it is aborted\n"
+    assert stderr == f"{why}{scene.copy} is incomplete: do not use it\n"
     assert scene.copy.exists()
 
 
@@ -163,7 +166,7 @@ def test_format(scene: Scene, words: str, fmt: str) -> None:
     ],
 )
 def test_bandwidth_arrives(scene: Scene, words: str, speed: int) -> None:
-    assert scene.run(*words.split()) == (0, "Block Copy started\n", "")
+    assert scene.run(*words.split()) == (0, "Block Copy started\n", GOES_ON)
     (job,) = scene.execute("query-block-jobs")
     assert job["speed"] == speed
 

@@ -13,7 +13,7 @@ import attrs
 import pytest
 
 from qmpmirror.testing.graph import GraphSnapshot, assert_clean_graph
-from tests.qemu.program import BLOCKDEV, DRIVE, PINNED, until
+from tests.qemu.program import BLOCKDEV, DRIVE, HINT, PINNED, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from qmpmirror.testing import Qemu
     from tests.qemu.conftest import Boot, Cli, Layers, Unchanged
-
-
-HINT = "--finish ends what is left running as it was meant to end, --undo aborts it\n"
 
 
 @attrs.define

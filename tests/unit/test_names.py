@@ -82,7 +82,7 @@ def test_a_job_name_reads_like_the_scheme() -> None:
 
 
 def test_a_flag_of_a_later_version_is_ignored() -> None:
-    found = names.parse_job(f"qmpmirror-copy-{RUN}-szc-vda")
+    found = names.parse_job(f"qmpmirror-copy-{RUN}-sic-vda")
     assert found == JobName("copy", RUN, frozenset({Flag.SHALLOW, Flag.CREATED}), "vda")
 
 
