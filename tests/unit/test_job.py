@@ -73,12 +73,20 @@ class BusyMonitor(OvertakenMonitor):
         return [job] if command == "query-jobs" and self.known else []
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This monitor sends no events: all is found out by looking."""
+    monkeypatch.setattr("qmpmirror.job._CHECK_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("impatient")
 async def test_a_busy_machine_is_asked_again_for_an_encrypted_image() -> None:
     monitor: Any = BusyMonitor(failures=3)
     await CreateImage("job0", {"driver": "luks"}).run(monitor, Undo())
     assert monitor.created == 4
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_but_not_for_ever() -> None:
     monitor: Any = BusyMonitor(failures=99)
     with pytest.raises(errors.CommandFailed, match="accurate CPU usage"):
