@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qmpmirror import Phase, Way, errors
+from qmpmirror import Phase, Pull, Way, errors
 from tests.qemu.chained import WAYS, Chain, make
 
 if TYPE_CHECKING:
@@ -96,8 +96,16 @@ async def test_bitmaps_of_pulled_images_are_merged(
 @pytest.mark.parametrize("way", list(Way), ids=lambda way: way.value)
 @pytest.mark.parametrize("ended", [True, False])
 async def test_what_a_dead_client_leaves_is_recovered(
-    chain: Chain, connect: Connect, way: Way, *, ended: bool
+    chain: Chain, connect: Connect, monkeypatch: pytest.MonkeyPatch, way: Way, *, ended: bool
 ) -> None:
+    end = Pull.end
+
+    async def end_unlimited(pull: Pull, **options: Any) -> Any:
+        # Not before: 7.2 crashes when a pull ends while somebody looks at the nodes.
+        await pull.set_bandwidth(0)
+        return await end(pull, **options)
+
+    monkeypatch.setattr(Pull, "end", end_unlimited)
     async with connect(chain.vm) as machine:
         pull = await machine.blockpull("vd0", base="img0", bandwidth=0 if ended else 1)
         if ended:
@@ -105,10 +113,6 @@ async def test_what_a_dead_client_leaves_is_recovered(
     async with connect(chain.vm) as machine:
         (would,) = await machine.recover(way, dry_run=True)
         assert would.what == "pull"
-        if not ended and way is Way.FINISH:
-            handle = await machine.blockjob("vd0")
-            assert handle is not None
-            await handle.set_bandwidth(0)
         (found,) = await machine.recover(way)
         if not ended and way is Way.LEAVE:
             assert found.action == "left running"
