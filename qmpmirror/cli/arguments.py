@@ -54,6 +54,13 @@ class Parser(argparse.ArgumentParser):
         """Add the bandwidth."""
         self.add_named("bandwidth", text, required=False)
 
+    def read_limit(self, parsed: argparse.Namespace) -> None:
+        """Make bytes/s of the bandwidth, 0 when none was given."""
+        try:
+            parsed.bandwidth = bandwidth(parsed.bandwidth or "0", in_bytes=parsed.bytes)
+        except ValueError as error:
+            self.error(str(error))
+
     def hide(self, *options: str) -> None:
         """Leave options out of the help: they are understood, and of no use here."""
         for action in self._actions:
@@ -132,10 +139,7 @@ def check_waiting(parser: Parser, parsed: argparse.Namespace) -> None:
     for given, flag in ((parsed.verbose, "--verbose"), (parsed.async_, "--async")):
         if given and not parsed.wait:
             parser.error(f"{flag} needs --wait")
-    try:
-        parsed.bandwidth = bandwidth(parsed.bandwidth or "0", in_bytes=parsed.bytes)
-    except ValueError as error:
-        parser.error(str(error))
+    parser.read_limit(parsed)
 
 
 def bandwidth(text: str, *, in_bytes: bool) -> int:

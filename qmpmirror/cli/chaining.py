@@ -127,8 +127,7 @@ def _ended(result: Result, code: Exit, words: Words, output: Output) -> int:
         code = Exit.NOT_CLEAN if result.left else Exit.DONE
     for sentence in words.images(result):
         output.note(sentence)
-    for entry in result.left:
-        output.error(f"could not be cleaned up: {entry}")
+    output.left(result.left)
     output.event(
         "result", exit=int(code), **(attrs.asdict(result) | {"outcome": result.outcome.value})
     )

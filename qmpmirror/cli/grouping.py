@@ -172,8 +172,7 @@ def _ended(result: GroupResult, ending: Ending, output: Output) -> int:
                 output.note(f"note: {note}")
     else:
         output.say(f"Copy failed: {', '.join(map(_fate, result.results))}")
-    for entry in result.left_over:
-        output.error(f"could not be cleaned up: {entry}")
+    output.left(result.left_over)
     code = Exit.FAILED if not done else Exit.NOT_CLEAN if result.left_over else Exit.DONE
     output.event(
         "result",
@@ -202,8 +201,7 @@ def _fate(result: Result) -> str:
 def _failed(error: errors.JobFailed, output: Output) -> int:
     output.say(f"Copy failed: {error.reason}")
     output.note(error.description)
-    for entry in error.left:
-        output.error(f"could not be cleaned up: {entry}")
+    output.left(error.left)
     output.event(
         "result",
         outcome="failed",

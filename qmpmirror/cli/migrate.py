@@ -161,8 +161,7 @@ def _migrated(result: MigrationResult, output: Output) -> int:
         f"the guest {what} at the destination, on {', '.join(result.images)}; it stood still for"
         f" {result.downtime} ms, {human_size(result.memory)} of memory went over"
     )
-    for left in result.left:
-        output.error(f"could not be cleaned up: {left}")
+    output.left(result.left)
     code = Exit.NOT_CLEAN if result.left else Exit.DONE
     output.event(
         "result",
@@ -185,8 +184,7 @@ def _failed(error: MigrationFailed, output: Output) -> int:
     output.note(str(error))
     where = {"source": "the guest is at the source, as before", "nowhere": "the guest runs nowhere"}
     output.note(where.get(error.runs_on, "it is not known where the guest runs"))
-    for left in error.left:
-        output.error(f"could not be cleaned up: {left}")
+    output.left(error.left)
     output.event(
         "result",
         outcome="failed",

@@ -43,10 +43,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code."""
     made = parser()
     arguments = made.parse(argv)
-    try:
-        arguments.bandwidth = words.bandwidth(arguments.bandwidth or "0", in_bytes=arguments.bytes)
-    except ValueError as error:
-        made.error(str(error))
+    made.read_limit(arguments)
     output = Output(as_json=arguments.json, label="Block Move")
     from qmpmirror.cli.run import run  # noqa: PLC0415 - brings asyncio
 

@@ -62,8 +62,7 @@ async def _recover(arguments: argparse.Namespace, output: Output) -> int:
         what = f"{found.what} of {found.disk}" if found.disk else found.what
         where = f" to {found.destination}" if found.destination else ""
         output.say(f"{what}{where}, {found.state.value}: {found.action}")
-        for left in found.left:
-            output.error(f"could not be cleaned up: {left}")
+        output.left(found.left)
         output.event(
             "finding",
             run=found.run,

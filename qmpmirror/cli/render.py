@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from qmpmirror.life import Phase
     from qmpmirror.operations.handle import Progress
@@ -53,6 +53,11 @@ class Output:
         self.end_line()
         if not self.as_json:
             _write(f"error: {message}\n", sys.stderr)
+
+    def left(self, entries: Iterable[str]) -> None:
+        """What could not be cleaned up, on stderr."""
+        for entry in entries:
+            self.error(f"could not be cleaned up: {entry}")
 
     def event(self, event: str, **fields: Any) -> None:
         """An object for programs, on stdout."""

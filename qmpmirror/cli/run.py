@@ -111,8 +111,7 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], output: Outpu
 def report(error: errors.Error, code: Exit, output: Output) -> None:
     """Show an error to a person, or as the result to a program."""
     output.error(str(error))
-    for left in error.left:
-        output.error(f"could not be cleaned up: {left}")
+    output.left(error.left)
     output.event(
         "result",
         outcome="error",

@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from qmpmirror import discover, errors
+from qmpmirror import errors
 from qmpmirror.cli.exits import Exit
 from qmpmirror.cli.render import human_size
 from qmpmirror.cli.run import Interrupted
 from qmpmirror.cli.telling import progress_told
 from qmpmirror.cli.wording import COPY, Words, launch_words
 from qmpmirror.life import Ending, Phase
+from qmpmirror.operations.together import ends_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from qmpmirror.operations.conclusion import Result
     from qmpmirror.operations.twophase import TwoPhaseJob
     from qmpmirror.sizes import ImageSize
-
-_ENDING_CHECKS: Final = 40
-_ENDING_PAUSE: Final = 0.05
 
 
 @attrs.define
@@ -246,7 +243,7 @@ class JobSession:
         source, destination = self.handle.disk.path, self.handle.destination
         pivoting = self.handle.job.life.asked is Ending.PIVOT
         pid = self.handle.monitor.pid
-        if pid is not None and await _has_ended(pid):
+        if pid is not None and await ends_now(pid):
             what = f"QEMU (pid {pid}) has ended"
             advice = f"{source} holds all that the guest wrote; {destination} is not complete"
             if pivoting:
@@ -279,8 +276,7 @@ class JobSession:
             )
 
     def _tell_left(self, left: tuple[str, ...]) -> None:
-        for what in left:
-            self.output.error(f"could not be cleaned up: {what}")
+        self.output.left(left)
         if left and self.code is Exit.DONE:
             self.code = Exit.NOT_CLEAN
 
@@ -295,12 +291,3 @@ def _size(size: ImageSize) -> str:
     if size.allocated is None:
         return human_size(size.virtual)
     return f"{human_size(size.virtual)}, {human_size(size.allocated)} of it allocated"
-
-
-async def _has_ended(pid: int) -> bool:
-    """Whether a QEMU has ended that has just hung up: it does that a moment before."""
-    for _ in range(_ENDING_CHECKS):
-        if discover.has_ended(pid):
-            return True
-        await asyncio.sleep(_ENDING_PAUSE)
-    return discover.has_ended(pid)

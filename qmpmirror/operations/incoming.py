@@ -7,7 +7,6 @@ the guest runs when the source is known to have let it go, and the exports are c
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,6 +14,7 @@ import attrs
 from qmpmirror import discover, errors, graph
 from qmpmirror.operations.counterparts import check_bitmaps
 from qmpmirror.operations.migration_plan import bitmap_mapping, switch_capabilities, tls_object
+from qmpmirror.operations.together import ends_now
 from qmpmirror.steps import Command, Execute, attempt
 from qmpmirror.undo import Undo
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from qmpmirror.operations.migration_plan import DiskMove, MigrationPlan, Side
 
 _TAKEN = "already running"
-_ENDING_CHECKS = 40
-_ENDING_PAUSE = 0.05
 
 
 @attrs.define(eq=False)
@@ -114,11 +112,8 @@ class Incoming:
 
     async def is_gone(self) -> bool:
         """Whether its process is known to have ended; it hangs up a moment before."""
-        for _ in range(_ENDING_CHECKS):
-            if self.has_ended:
-                return True
-            await asyncio.sleep(_ENDING_PAUSE)
-        return self.has_ended
+        pid = self.monitor.pid
+        return pid is not None and await ends_now(pid)
 
     async def run_guest(self) -> bool:
         """Let the guest run; whether it does."""

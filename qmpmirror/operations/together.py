@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from qmpmirror import discover
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
 
 T = TypeVar("T")
+
+_ENDING_CHECKS: Final = 40
+_ENDING_PAUSE: Final = 0.05
 
 
 async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -21,6 +26,15 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def ends_now(pid: int) -> bool:
+    """Whether a QEMU has ended that has just hung up: it does that a moment before."""
+    for _ in range(_ENDING_CHECKS):
+        if discover.has_ended(pid):
+            return True
+        await asyncio.sleep(_ENDING_PAUSE)
+    return discover.has_ended(pid)
 
 
 async def see_through(work: Coroutine[Any, Any, T]) -> T:
