@@ -36,6 +36,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self._named: list[tuple[str, str, bool]] = []
+        self._as_json = False
 
     def add_named(self, name: str, help: str, *, required: bool = True) -> None:  # noqa: A002
         """Add a positional that can be given as ``--NAME`` too."""
@@ -101,6 +102,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse a command's words; exits with code 2 when they make no sense."""
+        self._as_json = "--json" in argv
         self.add_named_options()
         parsed = self.parse_intermixed_args(list(argv))
         words = list(vars(parsed).pop("words", ()))
@@ -115,8 +117,21 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """End with one line and where to find more."""
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        """End with one line and where to find more, or with the result that a program expects."""
+        from qmpmirror.cli.render import Output  # noqa: PLC0415 - only for a mistake
+
+        hint = f"see {self.prog} --help"
+        output = Output(as_json=self._as_json)
+        output.error(f"{message} ({hint})")
+        output.event(
+            "result",
+            outcome="error",
+            exit=int(Exit.USAGE),
+            error="UsageError",
+            message=message,
+            hint=hint,
+            left=[],
+        )
         sys.exit(Exit.USAGE)
 
 

@@ -45,19 +45,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def _info(arguments: argparse.Namespace, output: Output) -> int:
+    import attrs  # noqa: PLC0415 - as late as everything else here
+
     from qmpmirror.cli.run import open_machine  # noqa: PLC0415 - brings asyncio
 
     async with await open_machine(arguments) as vm:
         chosen = [await vm.disk(arguments.device)] if arguments.device else await vm.disks()
         found = [(disk, await vm.sizes(disk)) for disk in chosen]
     for disk, sizes in found:
-        output.event(
-            "disk",
-            name=disk.name,
-            capacity=sizes.capacity,
-            allocation=sizes.allocation,
-            physical=sizes.physical,
-        )
+        numbers = attrs.asdict(sizes)
+        output.event("disk", name=disk.name, **(numbers if disk.image else dict.fromkeys(numbers)))
     output.event("result", outcome="done", exit=0)
     if arguments.all:
         header = ("Target", "Capacity", "Allocation", "Physical")

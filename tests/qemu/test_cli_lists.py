@@ -266,6 +266,14 @@ def test_sizes_of_all_disks(vm: Qemu, cli: Cli, *, human: bool) -> None:
         assert all(re.fullmatch(number, cell) for cell in by_target[target])
 
 
+def test_an_empty_drive_has_no_sizes(vm: Qemu, cli: Cli) -> None:
+    lines = cli("domblkinfo", vm.name, "--all", "--json").stdout.splitlines()
+    found = {line.pop("name"): line for line in map(json.loads, lines[:-1])}
+    sizes = {"capacity": None, "allocation": None, "physical": None}
+    assert found["hda"] == {"event": "disk", **sizes}
+    assert found["vda"]["capacity"] == 8 << 20
+
+
 @pytest.mark.parametrize("words", [(), ("vda", "--all")])
 def test_one_disk_or_all(vm: Qemu, cli: Cli, words: tuple[str, ...]) -> None:
     ran = cli("domblkinfo", vm.name, *words)

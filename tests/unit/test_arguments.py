@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 
 import pytest
@@ -115,6 +116,23 @@ def test_words_that_make_no_sense(
     assert (out, rest) == ("", "")
     assert first.startswith(f"error: {sentence}")
     assert first.endswith(" (see qmpmirror blockcopy --help)")
+
+
+def test_a_program_gets_a_result_for_a_mistake_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("testvm vda /x --bandwith 5 --json")
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert json.loads(out) == {
+        "event": "result",
+        "outcome": "error",
+        "exit": 2,
+        "error": "UsageError",
+        "message": "unrecognized arguments: --bandwith 5",
+        "hint": "see qmpmirror blockcopy --help",
+        "left": [],
+    }
 
 
 @pytest.mark.parametrize("text", ["0.5", "1", "10", "3600"])
