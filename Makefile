@@ -12,7 +12,7 @@ MORE_TESTS := tests/docs/test_docs.py $(addprefix tests/qemu/test_, creation_opt
 ON_ALL_VERSIONS := $(addprefix tests/guest/test_, group.py verbs.py migrate.py)
 VERSIONS_TESTS := tests/qemu/test_hazards.py tests/qemu/test_hazards_elsewhere.py tests/guest
 
-.PHONY: help demo test test-fast test-more test-versions test-matrix check docs package venv system guest qemus clean
+.PHONY: help demo test test-fast test-more test-versions test-matrix bench check docs package venv system guest qemus clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-versions: venv guest qemus  ## the scene, the hazards and the guest on QEMU
 test-matrix: venv guest qemus  ## all tests on all of them, and the kill tests; takes an hour
 	$(PYTEST) -n 2 --dist worksteal -m "not slow" tests/qemu tests/guest $(addprefix --qemu=,$(QEMUS))
 	$(PYTEST) -n 2 --dist worksteal -m slow tests $(addprefix --qemu=,$(OLDEST_AND_NEWEST))
+
+bench: venv guest  ## what a guest notices of the end of a copy, beside virsh where a libvirtd runs
+	@$(VENV)/bin/python scripts/bench $(BENCH)
 
 check: venv  ## linters and types
 	$(VENV)/bin/ruff check

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The client of a verb dies at every single QMP command; a new process picks up what it left.
 
-A real guest writes all the while. After each time it must run on the image that is said to be its
-own, and QEMU must have nothing open that is not in its chain.
+So may that process: the next one picks up what it left. A real guest writes all the while. After
+each time it must run on the image that is said to be its own, and QEMU must have nothing open that
+is not in its chain.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qmpmirror.testing.guest import (
     Guest,
     acknowledged,
     check_image,
+    check_point_in_time,
     errors,
     flatten,
     until_acknowledged,
@@ -119,6 +121,16 @@ async def normalize(scene: Scene, machine: Machine, layers: int) -> list[str]:
     return chain
 
 
+async def copied(scene: Scene, machine: Machine) -> list[str]:
+    await normalize(scene, machine, 2)
+    return ["blockcopy", str(scene.vm.qmp), "vd0", str(scene.new("copy")), "--shallow", "--pivot"]
+
+
+async def finished(scene: Scene, machine: Machine) -> list[str]:
+    await normalize(scene, machine, 2)
+    return ["blockcopy", str(scene.vm.qmp), "vd0", str(scene.new("copy")), "--finish"]
+
+
 async def moved(scene: Scene, machine: Machine) -> list[str]:
     for old in scene.folder.glob("moved*"):
         if not (await chain_of(machine))[0].startswith(f"{old}/"):
@@ -163,6 +175,8 @@ SCENARIOS: list[Callable[[Scene, Machine], Awaitable[list[str]]]] = [
     pulled,
     imaged,
 ]
+RECOVERED = [copied, finished, *SCENARIOS]
+STRIDE = 11  # odd: both moments of a command have their turn
 
 
 async def run_client(scene: Scene, words: list[str], number: int, when: str) -> tuple[bool, str]:
@@ -200,6 +214,42 @@ async def check_nothing_is_left(scene: Scene, machine: Machine) -> None:
     assert not list(scene.folder.glob("*.part"))
 
 
+async def recover(scene: Scene, way: Way, where: str) -> str:
+    """Recover in this process, and look that all is well; return the guest's active image."""
+    before = acknowledged(scene.serial)
+    async with qmpmirror.connect(str(scene.vm.qmp)) as machine:
+        findings = await machine.recover(way)
+        path = (await chain_of(machine))[0]
+        try:
+            await check_nothing_is_left(scene, machine)
+            await until_acknowledged(scene.serial, before + 20)
+            assert errors(scene.serial) == []
+        except (AssertionError, TimeoutError) as error:
+            raise AssertionError(f"{where}: {findings}") from error
+    return path
+
+
+async def check_copy(scene: Scene, path: str, before: int) -> None:
+    """A copy that is there is the guest's own, or its disk at one instant."""
+    copy = scene.new("copy")
+    if copy.exists() and str(copy) != path:
+        flat = scene.folder / "flat"
+        await asyncio.to_thread(flatten, copy, flat, qemu_img=sibling(scene.vm.binary, "qemu-img"))
+        after = acknowledged(scene.serial)
+        report = check_point_in_time(flat, WORK, before=before, after=after, base=scene.before)
+        assert report.problems == ()
+
+
+async def check_runs_on(scene: Scene, path: str) -> None:
+    """End QEMU as a power cut would; the image must have all that the guest was told."""
+    await asyncio.to_thread(scene.vm.kill)
+    last = acknowledged(scene.serial)
+    tool = sibling(scene.vm.binary, "qemu-img")
+    flat = flatten(scene.folder / path, scene.folder / "flat", qemu_img=tool)
+    report = check_image(flat, WORK, acknowledged=last, base=scene.before)
+    assert report.problems == ()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("way", [Way.FINISH, Way.UNDO], ids=lambda way: way.value)
@@ -214,21 +264,37 @@ async def test_every_command_may_be_the_clients_last(
         async with qmpmirror.connect(str(scene.vm.qmp)) as machine:
             words = await prepare(scene, machine)
         killed, command = await run_client(scene, words, number, when)
-        async with qmpmirror.connect(str(scene.vm.qmp)) as machine:
-            findings = await machine.recover(way)
-            path = (await chain_of(machine))[0]
-            try:
-                await check_nothing_is_left(scene, machine)
-                await until_acknowledged(scene.serial, acknowledged(scene.serial) + 20)
-                assert errors(scene.serial) == []
-            except (AssertionError, TimeoutError) as error:
-                where = f"{when} command {number}, {command}: {findings}"
-                raise AssertionError(where) from error
+        path = await recover(scene, way, f"{when} command {number}, {command}")
         scene.turn += killed
-    await asyncio.to_thread(scene.vm.kill)
-    last = acknowledged(scene.serial)
-    tool = sibling(scene.vm.binary, "qemu-img")
-    flat = flatten(scene.folder / path, scene.folder / "flat", qemu_img=tool)
-    report = check_image(flat, WORK, acknowledged=last, base=scene.before)
-    assert report.problems == ()
+    await check_runs_on(scene, path)
     sys.stdout.write(f"all {scene.turn} boundaries were tried\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("way", [Way.FINISH, Way.UNDO], ids=lambda way: way.value)
+@pytest.mark.parametrize("prepare", RECOVERED, ids=lambda scenario: scenario.__name__)
+async def test_every_command_may_be_the_last_of_recover(
+    scene: Scene, prepare: Callable[[Scene, Machine], Awaitable[list[str]]], way: Way
+) -> None:
+    again = ["recover", str(scene.vm.qmp), f"--{way.value}"]
+    killed, path, first = True, "", 0
+    while killed:
+        recovering, number = True, 0
+        while recovering and killed:
+            async with qmpmirror.connect(str(scene.vm.qmp)) as machine:
+                words = await prepare(scene, machine)
+            before = acknowledged(scene.serial)
+            when = ("before", "after")[first % 2]
+            killed, command = await run_client(scene, words, first // 2, when)
+            where = f"{when} command {first // 2}, {command}"
+            when = ("before", "after")[(first + number) % 2]
+            recovering, command = await run_client(scene, again, number, when)
+            where += f"; of recover {when} command {number}, {command}"
+            path = await recover(scene, way, where)
+            await check_copy(scene, path, before)
+            number += 1
+            scene.turn += 1
+        first += STRIDE
+    await check_runs_on(scene, path)
+    sys.stdout.write(f"{scene.turn} pairs of boundaries were tried\n")
