@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from qmpmirror import discover, disks, errors, runs
+from qmpmirror import discover, disks, errors, names, runs
 from qmpmirror.job import Job, JobInfo, block_jobs
 from qmpmirror.life import Life
 from qmpmirror.names import Flag
@@ -91,7 +91,9 @@ def _copy(schema: Schema, job: Job, name: JobName, disk: Disk, picture: Graph) -
     folder = discover.working_folder(job.monitor.pid)
     source, target = picture.nodes.get(name.source), picture.nodes.get(name.target_node)
     shares = Flag.SHALLOW in name.flags and not name.flags & {Flag.LATE_CHAIN, Flag.OWN_CHAIN}
-    destination = disks.path_of(picture, target.name, folder) if target else ""
+    # Without its target it was being put away: then the node of its file tells.
+    node = target or picture.nodes.get(names.node_name(name.run, "storage"))
+    destination = disks.path_of(picture, node.name, folder) if node else ""
     make: Callable[..., Copy] = Copy
     if Flag.MOVE in name.flags:
         new_folder = os.path.dirname(destination)

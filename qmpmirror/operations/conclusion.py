@@ -8,7 +8,7 @@ and another process could do the rest.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from qmpmirror.monitor import Monitor
     from qmpmirror.operations.twophase import TwoPhaseJob
     from qmpmirror.sizes import ImageSize
+
+_FILE_ROLES: Final = ("data", "storage")
 
 
 @attrs.frozen
@@ -88,11 +90,15 @@ async def conclude(job: TwoPhaseJob) -> Result:
         job.tidy_files(pivoted=True)
         deleted = [path for path in job.image_files() if not left and remove_file(path)]
     else:
-        left = await _let_go_of(monitor, picture, job.own_nodes)
+        # The nodes of its files come last: they tell another process where these are.
+        files = {names.node_name(job.name.run, role) for role in _FILE_ROLES}
+        others = [node for node in job.own_nodes if node not in files]
+        left = await _let_go_of(monitor, picture, others)
         if not job.own_nodes:  # else they have gone with the target
             await _remove_marks(job, picture)
         await _delete_objects(monitor, job.name.run, job.name.flags)
         removed = not consistent and not left and _remove_worthless_file(job, picture, active)
+        left += await _let_go_of(monitor, picture, [n for n in job.own_nodes if n in files])
     await job.job.dismiss()
     if outcome is Phase.FAILED:
         failure = _failure(job, error, active, where, removed=removed)

@@ -156,8 +156,9 @@ class Move(Copy):
 
     def tidy_files(self, *, pivoted: bool) -> None:
         """Remove what it has brought, if the guest does not need it."""
-        folder = os.path.dirname(self.destination)
-        backing_files.tidy(folder, self.name.run, keep=pivoted)
+        if self.destination:  # else another process has done that, and closed its nodes
+            folder = os.path.dirname(self.destination)
+            backing_files.tidy(folder, self.name.run, keep=pivoted)
 
     async def conclude(self) -> Result:
         """Put it away, and say what has happened; as `Copy.conclude`."""

@@ -292,6 +292,8 @@ async def test_every_command_may_be_the_last_of_recover(
             recovering, command = await run_client(scene, again, number, when)
             where += f"; of recover {when} command {number}, {command}"
             path = await recover(scene, way, where)
+            if prepare is not finished:
+                assert path == str(scene.new("copy")) or not scene.new("copy").exists(), where
             await check_copy(scene, path, before)
             number += 1
             scene.turn += 1
