@@ -8,9 +8,10 @@ QEMUS = $(shell scripts/fetch-qemu --list 2>/dev/null | sort -V | cut -f2)
 OLDEST_AND_NEWEST = $(firstword $(QEMUS)) $(lastword $(QEMUS))
 MORE_TESTS := tests/docs/test_docs.py $(addprefix tests/qemu/test_, creation_options.py sparseness.py network_servers.py \
 	network_drivers.py image_sizes.py next_start.py carried_options.py destination_refusals.py \
-	blockcommit.py blockpull.py snapshot.py recipes.py move_storage.py migrate.py migrate_failures.py cli_migrate.py)
+	blockcommit.py blockpull.py snapshot.py recipes.py move_storage.py migrate.py migrate_failures.py cli_migrate.py \
+	interrupted_recover.py)
 ON_ALL_VERSIONS := $(addprefix tests/guest/test_, group.py verbs.py migrate.py)
-VERSIONS_TESTS := tests/qemu/test_hazards.py tests/qemu/test_hazards_elsewhere.py tests/guest
+VERSIONS_TESTS := $(addprefix tests/qemu/test_, hazards.py hazards_elsewhere.py cancel_by_force.py) tests/guest
 
 .PHONY: help demo test test-fast test-more test-versions test-matrix bench check docs package venv system guest qemus clean
 

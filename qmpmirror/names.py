@@ -59,6 +59,7 @@ class Flag(enum.Enum):
     BITMAPS = "m"
     TEMPORARY = "t"
     MOVE = "v"
+    SYNCHRONOUS = "n"
     EVENTS_WERE_OFF = "z"
     RETURN_PATH_WAS_OFF = "y"
     PAUSE_WAS_OFF = "w"

@@ -26,6 +26,7 @@ async def make_synchronous(copy: Copy) -> None:
             "the copy has no backing file yet: synchronous writes would corrupt it",
             hint="copy with synchronous writes from the start",
         )
+    copy.synchronous = True
     await copy.monitor.execute("block-job-change", _write_blocking(copy))
 
 

@@ -89,6 +89,8 @@ def move(
     flags = {Flag.SHALLOW if shallow else Flag.FULL}
     if options.tls_creds:
         flags.add(Flag.OBJECTS)
+    if options.synchronous_writes:
+        flags.add(Flag.SYNCHRONOUS)
     made = DiskMove(
         source=source,
         destination=destination,

@@ -21,6 +21,7 @@ from qmpmirror import errors, names
 from qmpmirror.life import Ending, Phase
 from qmpmirror.names import Mark
 from qmpmirror.operations import blockcopy, marks
+from qmpmirror.operations.cancelling import cancel_by_force
 from qmpmirror.operations.convergence import converge
 from qmpmirror.operations.cut import Cut, GroupResult, failed_result, failure_of
 from qmpmirror.operations.options import Options
@@ -279,7 +280,7 @@ class CopyGroup:
         """Tell all at once: no disk stands still until it is another's turn."""
         running = [copy for copy in self.copies if not copy.job.life.concluded]
         await asyncio.gather(
-            *(attempt(copy.monitor, Command("job-cancel", {"id": copy.id})) for copy in running)
+            *(cancel_by_force(copy.job, synchronous=copy.synchronous) for copy in running)
         )
         for copy in running:
             await copy.job.wait(_is_concluded)

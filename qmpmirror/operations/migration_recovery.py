@@ -21,7 +21,8 @@ from qmpmirror.operations.incoming import close_export
 from qmpmirror.operations.leftovers import tidy
 from qmpmirror.operations.migration_plan import CAPABILITIES, MOVING, switch_capabilities
 from qmpmirror.operations.outgoing import cancel_migration, let_run
-from qmpmirror.steps import Command, attempt, cancel_job
+from qmpmirror.operations.starting import take_away
+from qmpmirror.steps import Command, attempt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -156,7 +157,7 @@ async def _clear_source(monitor: Monitor, picture: Graph, each: Interrupted) -> 
     left = []
     for run in each.runs:
         if run.job is not None:
-            await cancel_job(monitor, run.job.status.id)
+            await take_away(monitor, run.job.status.id)
     for run in each.runs:
         node = names.node_name(run.id, "format")
         if node in picture.nodes:

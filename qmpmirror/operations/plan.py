@@ -342,6 +342,8 @@ class _Planner:
             flags.add(Flag.GROUP)
         if self.moved:
             flags.add(Flag.MOVE)
+        if options.synchronous_writes:
+            flags.add(Flag.SYNCHRONOUS)
         if options.check_base:
             flags.add(Flag.CHECK_BASE)
         if options.keep_source:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qmpmirror import names, runs
 from qmpmirror.job import Job
 from qmpmirror.names import Flag
+from qmpmirror.operations.cancelling import cancel_by_force
 from qmpmirror.steps import Command, attempt
 
 if TYPE_CHECKING:
@@ -26,18 +27,21 @@ async def release_group(monitor: Monitor, group: str) -> None:
     jobs = [_job(run) for run in found if names.group_of(run.id) == group]
     members = [job for job in jobs if job is not None]
     cut_made = any(job.status.status == "concluded" and not job.status.error for job in members)
-    verb = "job-finalize" if cut_made else "job-cancel"
     running = [job.status for job in members if job.status.status != "concluded"]
     if cut_made:
         running = [status for status in running if status.status == "pending"]
     # All at once: each of them may be what the guest waits for.
-    await asyncio.gather(
-        *(attempt(monitor, Command(verb, {"id": status.id})) for status in running)
-    )
-    for status in running:
-        with Job(monitor, status.id) as job:
-            await job.refresh()
-            await job.wait(lambda life: life.concluded)
+    await asyncio.gather(*(_end(monitor, status.id, finalize=cut_made) for status in running))
+
+
+async def _end(monitor: Monitor, job_id: str, *, finalize: bool) -> None:
+    with Job(monitor, job_id) as job:
+        await job.refresh()
+        if finalize:
+            await attempt(monitor, Command("job-finalize", {"id": job_id}))
+        else:
+            await cancel_by_force(job)
+        await job.wait(lambda life: life.concluded)
 
 
 async def release_all(monitor: Monitor, found: list[Run]) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The start of a mirror on QEMUs that miss the guest's writes in that instant."""
+"""Stopping the vCPUs for an instant: some QEMUs miss writes while a mirror starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from qmpmirror import errors
 from qmpmirror.names import Flag, Mark
 from qmpmirror.operations import marks
 from qmpmirror.steps import Command, Execute
@@ -43,9 +44,18 @@ def stop_marks(name: JobName) -> list[Execute]:
     return [Execute(marks.add(*where), marks.remove(*where))]
 
 
+async def can_stop(monitor: Monitor) -> bool:
+    """Whether there are vCPUs, and they run."""
+    try:
+        status = await monitor.execute("query-status")
+    except errors.CommandFailed:
+        return False  # a storage daemon
+    return bool(status["running"])
+
+
 @asynccontextmanager
-async def vcpus_stopped(monitor: Monitor, job: Job, name: JobName | None) -> AsyncIterator[None]:
-    """Stop the vCPUs until the mirror has looked through the source; do nothing without a name."""
+async def vcpus_stopped(monitor: Monitor, name: JobName | None) -> AsyncIterator[None]:
+    """Stop the vCPUs, marked as this job's doing; do nothing without a name."""
     if name is None:
         yield
         return
@@ -56,14 +66,13 @@ async def vcpus_stopped(monitor: Monitor, job: Job, name: JobName | None) -> Asy
         undo.command(monitor, Command("cont"))
         await monitor.execute("stop")
         yield
-        await _initialized(job)
     finally:
         # In any case: nothing is worse than a guest that stands still.
         await undo.run()
 
 
-async def _initialized(job: Job) -> None:
-    """From then on the mirror misses no write."""
+async def initialized(job: Job) -> None:
+    """Wait until a mirror has looked through its source: from then on it misses no write."""
     while not job.life.mirrored and not job.life.concluded:
         found = await job.refresh()
         if found is None or found.total:

@@ -7,14 +7,15 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qmpmirror import errors
-from qmpmirror.operations.safe_start import vcpus_stopped
-from qmpmirror.steps import cancel_job
+from qmpmirror.job import Job
+from qmpmirror.operations.cancelling import cancel_by_force
+from qmpmirror.operations.safe_start import initialized, vcpus_stopped
 from qmpmirror.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from qmpmirror.job import Job
+    from qmpmirror.monitor import Monitor
     from qmpmirror.names import JobName
     from qmpmirror.steps import Command
 
@@ -47,6 +48,19 @@ async def start_job(job: Job, command: Command, undo: Undo, *, stops: JobName | 
         stops: its name, when the vCPUs are to be stopped for the start.
     """
     job.__enter__()
-    undo.add(f"cancel job {job.id}", cancel_job, job.monitor, job.id)
-    async with vcpus_stopped(job.monitor, job, stops):
+    undo.add(f"cancel job {job.id}", take_away, job.monitor, job.id)
+    async with vcpus_stopped(job.monitor, stops):
         await job.monitor.execute(command.name, command.arguments)
+        if stops is not None:
+            await initialized(job)
+
+
+async def take_away(monitor: Monitor, job_id: str) -> None:
+    """Cancel a job by force, wait for its end, and dismiss it; it is fine if it is gone."""
+    with Job(monitor, job_id) as job:
+        if await job.refresh() is None:
+            return
+        if not job.life.concluded:
+            await cancel_by_force(job)
+            await job.wait(lambda life: life.concluded)
+        await job.dismiss()

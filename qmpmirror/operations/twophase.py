@@ -17,6 +17,7 @@ from qmpmirror.job import PAUSED, STALL_SECONDS
 from qmpmirror.life import Ending, IllegalTransitionError, Life, Phase
 from qmpmirror.names import Flag, JobName, Mark
 from qmpmirror.operations import cautions, marks
+from qmpmirror.operations.cancelling import cancel_by_force
 from qmpmirror.operations.conclusion import Result, conclude
 from qmpmirror.operations.handle import BlockJob
 from qmpmirror.steps import Command, attempt
@@ -46,6 +47,7 @@ class TwoPhaseJob(BlockJob):
         name: the job's id, taken apart.
         destination: where the data goes: the copy, or the base of a commit.
         format: that image's format.
+        synchronous: whether this process has made the guest's writes wait for the target.
         notes: what the user must know, one sentence each.
         source_size: how large the source was just before a pivot, which closes it.
         result: how it has ended, whoever ended it; None while it goes on, and when it failed.
@@ -57,6 +59,7 @@ class TwoPhaseJob(BlockJob):
     name: JobName
     destination: str
     format: str
+    synchronous: bool = attrs.field(default=False, init=False)
     notes: list[str] = attrs.field(factory=list, init=False)
     source_size: ImageSize | None = attrs.field(default=None, init=False)
     result: Result | None = attrs.field(default=None, init=False)
@@ -181,11 +184,11 @@ class TwoPhaseJob(BlockJob):
         asked = self.job.life.asked
         while asked is not None and not await self._wait_for_conclusion(_CONVERGE_SECONDS):
             if asked is not Ending.PIVOT:
-                await self._send(asked, force=False)
+                await (self._send(asked) if self.job.life.mirrored else self._cancel())
             elif await self._may_complete_again():
                 await self._check_pivot(await graph.read(self.monitor))
                 await self._carry_bitmaps()
-                await self._send(asked, force=False)
+                await self._send(asked)
         return await self.conclude()
 
     async def _may_complete_again(self) -> bool:
@@ -262,8 +265,12 @@ class TwoPhaseJob(BlockJob):
         """Ask QEMU for a prepared ending, without waiting for it; raises as `prepare`."""
         life = self.job.life
         try:
+            pivoting = life.asked is Ending.PIVOT
             life.ask(ending, force=force)
-            await self._send(ending, force=force or not life.mirrored)
+            if force or not life.mirrored:
+                await self._cancel(pivoting=pivoting)
+            else:
+                await self._send(ending)
         except IllegalTransitionError:
             raise self._already() from None
         except errors.CommandFailed:
@@ -285,10 +292,12 @@ class TwoPhaseJob(BlockJob):
                 hint="resume it first; an abort can be forced",
             )
 
-    async def _send(self, ending: Ending, *, force: bool) -> None:
+    async def _cancel(self, *, pivoting: bool = False) -> None:
+        await cancel_by_force(self.job, pivoting=pivoting, synchronous=self.synchronous)
+
+    async def _send(self, ending: Ending) -> None:
         if ending is not Ending.PIVOT:
-            soft = ending is Ending.FINISH or (self.job.life.mirrored and not force)
-            await self.monitor.execute("block-job-cancel", {"device": self.id, "force": not soft})
+            await self.monitor.execute("block-job-cancel", {"device": self.id, "force": False})
             return
         while True:
             try:
@@ -372,13 +381,6 @@ class TwoPhaseJob(BlockJob):
         how = self.result.outcome.value if self.result is not None else "being ended"
         description = f"the {self.what} of {self.disk.name} is {how} already"
         return errors.EndingAlreadyAsked(description, job_id=self.id)
-
-    async def roll_back(self) -> Result:
-        """Cancel it by force whatever was asked for, also when it waits to be finalized."""
-        if not self.job.life.concluded:
-            await attempt(self.monitor, Command("job-cancel", {"id": self.id}))
-            await self.job.wait(_concluded)
-        return await self.conclude()
 
     async def conclude(self) -> Result:
         """Put the ended job away, and say what has happened; it is fine to ask twice.
