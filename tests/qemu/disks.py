@@ -86,6 +86,11 @@ class Disks:
     def statuses(self) -> list[str]:
         return [job["status"] for job in self.vm.execute("query-jobs")]
 
+    def copies(self) -> list[str]:
+        """The jobs that copy, without those that create the files."""
+        jobs = self.vm.execute("query-jobs")
+        return [job["id"] for job in jobs if job["type"] == "mirror"]
+
     def until_pending(self, count: int) -> None:
         until(lambda: self.statuses().count("pending") >= count)
 

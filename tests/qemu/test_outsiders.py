@@ -137,7 +137,7 @@ def test_outsider_dismisses_the_job_before_we_do(scene: Scene, ending: str) -> N
 def test_outsider_cancels_a_copy_that_we_abort_while_it_copies(scene: Scene, hold: str) -> None:
     copy = scene.layers.folder / "copy.qcow2"
     assert scene.cli("blockcopy", scene.vm.name, "vda", copy, *PINNED).returncode == 0
-    command = "block-dirty-bitmap-add" if hold == "mark" else "block-job-cancel"
+    command = "block-dirty-bitmap-add" if hold == "mark" else "job-cancel"
     client = scene.held(command, "blockjob", "vda", "--abort")
     interfere(scene, "force", dismiss=hold == "mark")
     note = f"{copy} was incomplete and has been removed\n"
