@@ -257,6 +257,10 @@ class Job:
         self._changed.set()
 
     def _feed(self, status: str) -> None:
+        if self.life.status == "undefined" and status != "created":
+            # Somebody else's job, or one of another process: the first look is still to come.
+            self._resume(status)
+            return
         try:
             self.life.feed(status)
         except IllegalTransitionError as error:

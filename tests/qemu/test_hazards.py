@@ -2,7 +2,7 @@
 """The ways in which a mirror silently loses data or kills QEMU, each met and survived.
 
 The numbers are those of docs/hazards.md. What no QEMU to be had here does any more, or
-not yet, is in tests/unit/test_hazards_fake.py.
+not yet, is in test_hazards_elsewhere.py.
 """
 
 from __future__ import annotations

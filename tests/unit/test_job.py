@@ -52,6 +52,17 @@ async def test_a_reply_without_events_is_believed() -> None:
         assert job.life.mirrored
 
 
+async def test_an_event_before_the_first_look_is_no_surprise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monitor: Any = OvertakenMonitor("aborting", "concluded")
+    with Job(monitor, "job0") as job:
+        await job.refresh()
+        assert job.life.concluded
+        assert job.life.aborting
+    assert caplog.messages == []
+
+
 class BusyMonitor(OvertakenMonitor):
     """A QEMU that gives up to create a LUKS image, because its machine is busy."""
 
