@@ -183,8 +183,10 @@ class TwoPhaseJob(BlockJob):
         """
         asked = self.job.life.asked
         while asked is not None and not await self._wait_for_conclusion(_CONVERGE_SECONDS):
-            if asked is not Ending.PIVOT:
-                await (self._send(asked) if self.job.life.mirrored else self._cancel())
+            if asked is Ending.ABORT and not self.job.life.mirrored:
+                await self._cancel()
+            elif asked is not Ending.PIVOT:
+                await self._send(asked)
             elif await self._may_complete_again():
                 await self._check_pivot(await graph.read(self.monitor))
                 await self._carry_bitmaps()
